@@ -1,0 +1,171 @@
+"""Configuration of the model, its input, its loss and its optimizer.
+
+The defaults are the paper's (Shi et al., AAAI 2020); `jobs/configs/` holds the presets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cvft.configuration import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """From a JPEG to the network's input; stored in every checkpoint, because weights are worth nothing without it.
+
+    Attributes:
+        ground_size_px: Height and width of the ground panorama given to the network.
+        aerial_size_px: Height and width of the aerial image given to the network.
+        channel_order: Order of the channels that `mean` and the network's first layer expect.
+        mean: Subtracted from each channel (0 to 255), in `channel_order`. The official red mean is 123.6.
+        std: Each channel is divided by this after the subtraction, in `channel_order`.
+        decode_profile: `exact` decodes fully and averages areas; `fast` uses the JPEG's own half-size decoding where it
+            is large enough and interpolates linearly. They differ by about 1.7 grey levels.
+    """
+
+    ground_size_px: tuple[int, int] = (112, 616)
+    aerial_size_px: tuple[int, int] = (256, 256)
+    channel_order: Literal["rgb", "bgr"] = "bgr"
+    mean: tuple[float, float, float] = (103.939, 116.779, 123.6)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    decode_profile: Literal["exact", "fast"] = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("ground_size_px", "aerial_size_px"):
+            size = getattr(self, name)
+            require(
+                min(size) >= 16, f"{name}: {list(size)} is too small; the network halves it four times, use 16 or more"
+            )
+        require(min(self.std) > 0, f"std: {list(self.std)} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A VGG trunk: blocks of 3x3 convolutions with a max-pool between two blocks.
+
+    Attributes:
+        blocks: Number of convolutions in each block; VGG16 is (2, 2, 3, 3, 3) with four pools between them.
+        width: Factor on VGG16's channel numbers (64, 128, 256, 512, 512).
+        pooling: `ceil` is TensorFlow's "SAME" (39 columns from 616); `floor` is torchvision's.
+        norm: `group` adds group normalisation after each convolution, which small networks trained from scratch need.
+        num_frozen_blocks: The first blocks that are not trained and run without autograd.
+        dropout: Probability of dropping a value after each activation of the last two blocks while training.
+        is_shared: One trunk for both views; the paper has two.
+        weights: File or URL with torchvision's `features.*` tensors to start from; none means random (He) weights.
+    """
+
+    blocks: tuple[int, ...] = (2, 2, 3, 3, 3)
+    width: float = 1.0
+    pooling: Literal["ceil", "floor"] = "ceil"
+    norm: Literal["none", "group"] = "none"
+    num_frozen_blocks: int = 3
+    dropout: float = 0.2
+    is_shared: bool = False
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        require(1 <= len(self.blocks) <= 5, f"blocks: {list(self.blocks)} must hold one to five numbers")
+        require(min(self.blocks) >= 1, f"blocks: {list(self.blocks)} must be at least 1 each")
+        require(0 < self.width <= 4, f"width: {self.width} must lie in (0, 4]")
+        frozen, blocks = self.num_frozen_blocks, len(self.blocks)
+        require(0 <= frozen <= blocks, f"num_frozen_blocks: {frozen} must lie in [0, {blocks}], the number of blocks")
+        require(0 <= self.dropout < 1, f"dropout: {self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportConfig:
+    """The transport layer: cost from the ground features, Sinkhorn, moved features.
+
+    Attributes:
+        init: Bias of the cost at the start. `identity` is the published one (staying in place is forbidden and, in
+            float32, cannot be learned); `zero` starts from the uniform plan; `soft` starts with half of each mass staying.
+        epsilon: Entropic regularisation in units of cost; the paper multiplies costs by 100, which is 0.01.
+        num_iterations: Sinkhorn rounds, each rows first and then columns.
+        gradient: `unrolled` differentiates the rounds exactly; `implicit` assumes convergence and refuses without it.
+        solver: `scaling` is the fast stabilised form; `log` is the plain loop in log space.
+    """
+
+    init: Literal["identity", "zero", "soft"] = "identity"
+    epsilon: float = 0.01
+    num_iterations: int = 20
+    gradient: Literal["unrolled", "implicit"] = "unrolled"
+    solver: Literal["scaling", "log"] = "scaling"
+
+    def __post_init__(self) -> None:
+        require(self.epsilon > 0, f"epsilon: {self.epsilon} must be positive")
+        require(self.num_iterations >= 1, f"num_iterations: {self.num_iterations} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """From the trunk's features to the descriptor.
+
+    Attributes:
+        kind: `cvft` moves ground features by transport; `conv` is the same without; `global_pool` is a global max-pool.
+        channels: Output channels of the 3x3 stride-2 convolution.
+        grid: Rows and columns of the map that becomes the descriptor; the ground map is resized to it.
+        transport: Used by `cvft` alone.
+    """
+
+    kind: Literal["cvft", "conv", "global_pool"] = "cvft"
+    channels: int = 64
+    grid: tuple[int, int] = (8, 8)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+
+    def __post_init__(self) -> None:
+        require(self.channels >= 1, f"channels: {self.channels} must be at least 1")
+        require(min(self.grid) >= 1, f"grid: {list(self.grid)} must be at least 1 each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole network."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The training loss over all pairs of the global batch.
+
+    Attributes:
+        kind: `soft_margin_triplet` is the paper's weighted soft-margin triplet loss in both directions.
+        gamma: Steepness of the soft margin.
+        mask_distance_m: Negatives nearer than this to the query are left out; none keeps all (CVACT uses 25).
+    """
+
+    kind: Literal["soft_margin_triplet"] = "soft_margin_triplet"
+    gamma: float = 10.0
+    mask_distance_m: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.gamma > 0, f"gamma: {self.gamma} must be positive")
+        distance = self.mask_distance_m
+        require(distance is None or distance > 0, f"mask_distance_m: {distance} must be positive, or null for no mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and the course of its learning rate.
+
+    Attributes:
+        kind: `adam` (the paper's) or `adamw`.
+        learning_rate: At its highest point.
+        weight_decay: Applied to matrices and kernels, never to biases.
+        schedule: `constant` (the paper's) or `cosine`, down to zero over the whole training.
+        warmup_fraction: Part of all steps over which the rate rises linearly from zero.
+    """
+
+    kind: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"learning_rate: {self.learning_rate} must be positive")
+        require(self.weight_decay >= 0, f"weight_decay: {self.weight_decay} must not be negative")
+        require(0 <= self.warmup_fraction < 1, f"warmup_fraction: {self.warmup_fraction} must lie in [0, 1)")

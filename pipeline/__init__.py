@@ -1,0 +1,1 @@
+"""From raw image pairs to batches, from weights to a registered model and a report."""
