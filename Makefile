@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a fresh machine with Python >= 3.11 and nothing else; the rest is for developers.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-tensorflow check bench help clean-demo
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.runtime  ## raw images -> shards -> training -> registered model -> report, on a synthetic town
+	@$(BIN)/python -m jobs.demo --out $(DEMO)
+
+test: $(VENV)/.developer  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.developer  ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.developer  ## speed and memory beside the peers; each script exits non-zero when it misses its target
+	@set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
+	@.venv-tensorflow/bin/python -m pytest -m tensorflow tests/pipeline/test_official_import.py
+
+clean-demo:  ## forget the demo's data, runs and models
+	rm -rf $(DEMO)
+
+# torch first and pinned: whatever asks for an unpinned torch later finds it there.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	@echo "installing into $(VENV) (2.4 GB, a few minutes the first time)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.developer: $(VENV)/.runtime
+	@$(PIP) --group test --group check
+	@touch $@

@@ -1,0 +1,206 @@
+"""The configuration of an experiment: a YAML file, dotted overrides, nothing else.
+
+    python -m jobs.train --config town data.manifest=... train.loss.gamma=12
+
+A file states what differs from the defaults (the paper's). `load` resolves it; `to_plain` of the result is stored with
+the run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cvft.config import LossConfig, ModelConfig, OptimizerConfig, PreprocessConfig
+from cvft.configuration import parse, require
+from cvft.errors import ConfigError
+from pipeline.schema import TRAIN, VAL
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pairs come from.
+
+    Attributes:
+        manifest: Path or URI of the manifest that `shard` printed.
+        train_split: Split to train on.
+        eval_split: Split to evaluate on after an epoch.
+        num_threads: Decoding threads in each worker.
+        cache: Local folder for shards that lie on a remote store.
+    """
+
+    manifest: str
+    train_split: str = TRAIN
+    eval_split: str = VAL
+    num_threads: int = 2
+    cache: str = "~/.cache/cvft"
+
+    def __post_init__(self) -> None:
+        require(self.num_threads >= 1, f"num_threads: {self.num_threads} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the network is trained.
+
+    Attributes:
+        seed: Fixes the initial weights, the order of the pairs and the dropout.
+        num_epochs: Passes over the training split.
+        batch_size: Pairs in a global batch, over all workers; every pair is a negative for every other.
+        workers: Ray Train workers; 1 trains in this process without Ray.
+        use_gpu: Give each worker a GPU.
+        evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
+        max_failures: Times that a lost worker or node restarts the workers from the last checkpoint.
+        loss: See `LossConfig`.
+        optimizer: See `OptimizerConfig`.
+    """
+
+    seed: int = 0
+    num_epochs: int = 100
+    batch_size: int = 32
+    workers: int = 2
+    use_gpu: bool = False
+    evaluate_every: int = 1
+    max_failures: int = 3
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed: {self.seed} must not be negative")
+        for name in ("num_epochs", "workers", "evaluate_every"):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
+        require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
+        size, workers = self.batch_size, self.workers
+        require(size % workers == 0, f"batch_size: {size} must be a multiple of train.workers={workers}")
+        require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps runs and models.
+
+    Attributes:
+        uri: Tracking URI; relative sqlite paths are relative to the working directory.
+        experiment: Experiment's name.
+        registered_model: Name under which models are registered.
+        alias: Alias moved to a newly registered model.
+    """
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "cvft"
+    registered_model: str = "cvft"
+    alias: str = "champion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides an experiment's outcome.
+
+    Attributes:
+        name: Names the run; the same name continues it.
+        output: Folder or URI under which `<name>/checkpoints` is written.
+        data: See `DataConfig`.
+        preprocess: See `PreprocessConfig`.
+        model: See `ModelConfig`.
+        train: See `TrainConfig`.
+        tracking: See `TrackingConfig`.
+    """
+
+    name: str
+    data: DataConfig
+    output: str = "runs"
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        is_safe = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)
+        require(bool(is_safe), f"name: {self.name!r} must be letters, digits, '.', '_' and '-': it names a folder")
+
+
+def load(file: str, overrides: Iterable[str] = ()) -> ExperimentConfig:
+    """Resolve an experiment's configuration.
+
+    Args:
+        file: A YAML file, or the name of a preset in `jobs/configs/`.
+        overrides: `dotted.key=value` strings; values are read as YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is refused.
+    """
+    data = read_yaml(_find(file))
+    for override in overrides:
+        _apply(data, override)
+    return parse(ExperimentConfig, data)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top is a mapping; `1e-5` is a number and a key given twice is an error.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or its top is no mapping.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration file: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top, got {data!r}")
+    return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader with YAML 1.2's numbers (`1e-5` has no dot) that refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _find(file: str) -> Path:
+    path = Path(file)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    preset = PRESETS / f"{file}.yaml"
+    if not preset.exists():
+        known = ", ".join(sorted(item.stem for item in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"--config {file}: no such file, and no such preset; presets: {known}")
+    return preset
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override is written dotted.key=value")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = data.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {section} holds the value {child!r}, not a section")
+        data = child
+    try:
+        data[leaf] = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read the value {text!r}: {' '.join(str(error).split())}") from error

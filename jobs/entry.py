@@ -1,0 +1,128 @@
+"""What every entry point shares: arguments in, one line of JSON out, an exit code that tells whose fault it is.
+
+Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a fault of ours, with its traceback.
+Everything but the result goes to standard error, so that the last line of standard output is the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cvft.errors import CvftError
+
+LOGGER = logging.getLogger("cvft")
+LINE_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One entry point.
+
+    Attributes:
+        name: What is typed after `cvft` or `python -m jobs.`.
+        summary: One sentence for `--help`.
+        example: A command that works as it is printed.
+        add_arguments: Declares the arguments.
+        run: Does the work and returns the result, which must be plain JSON data.
+    """
+
+    name: str
+    summary: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Run a job from the command line and return its exit code."""
+    parser = _OneLineParser(
+        prog=f"cvft {job.name}",
+        description=job.summary,
+        epilog=f"example:\n  {job.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    job.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        with _stdout_to_stderr():
+            result = job.run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"cvft {job.name}: interrupted; the same command continues where it can\n")
+        return 130
+    except Exception as error:
+        user_error = find_user_error(error)
+        if user_error is None:
+            raise  # a fault of ours: Python prints the traceback and exits with 1
+        sys.stderr.write(f"cvft {job.name}: error: {' '.join(str(user_error).split())}\n")
+        return 2
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def find_user_error(error: BaseException) -> CvftError | None:
+    """Return the user's error inside `error`: Ray wraps what its tasks and workers raise."""
+    if isinstance(error, CvftError) and not hasattr(error, "cause"):
+        return error
+    inner = [getattr(error, "cause", None), error.__cause__]
+    inner += list(getattr(error, "worker_failures", {}).values())
+    for candidate in inner:
+        found = find_user_error(candidate) if isinstance(candidate, BaseException) else None
+        if found is not None:
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries and subprocesses print to standard error: standard output carries the result alone."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+class Progress:
+    """Progress on standard error: a rewritten line in a terminal, one line at intervals in a job's log."""
+
+    def __init__(self, what: str, unit: str = "pairs") -> None:
+        self._what = what
+        self._unit = unit
+        self._started = time.monotonic()
+        self._printed = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell that `done` of `total` are finished."""
+        now = time.monotonic()
+        is_terminal = sys.stderr.isatty()
+        interval_s = 0.2 if is_terminal else LINE_INTERVAL_S
+        if done < total and now - self._printed < interval_s:
+            return
+        self._printed = now
+        rate = done / max(now - self._started, 1e-9)
+        left_s = (total - done) / rate if rate else 0.0
+        line = f"{self._what}: {done:,}/{total:,} {self._unit}, {rate:,.1f}/s, {left_s:,.0f} s left"
+        if is_terminal:
+            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if done >= total else ""))
+            sys.stderr.flush()
+        else:
+            LOGGER.info(line)
