@@ -80,7 +80,7 @@ class TransportConfig:
 
     Attributes:
         init: Bias of the cost at the start. `identity` is the published one (staying in place is forbidden and, in
-            float32, cannot be learned); `zero` starts from the uniform plan; `soft` starts with half of each mass staying.
+            float32, cannot be learned); `zero` starts from the uniform plan; `soft` leaves half of each mass in place.
         epsilon: Entropic regularisation in units of cost; the paper multiplies costs by 100, which is 0.01.
         num_iterations: Sinkhorn rounds, each rows first and then columns.
         gradient: `unrolled` differentiates the rounds exactly; `implicit` assumes convergence and refuses without it.

@@ -2,8 +2,8 @@
 
 Every configuration class is a frozen dataclass whose fields are annotated with `bool`, `int`, `float`, `str`,
 `Literal`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]` or another such dataclass. `parse` refuses unknown
-keys, wrong types and values that the class's own `__post_init__` rejects, and names each by its dotted key. It needs the
-standard library alone, because checkpoints carry configurations and must load where only torch is installed.
+keys, wrong types and values that the class's own `__post_init__` rejects, and names each by its dotted key. It needs
+the standard library alone, because checkpoints carry configurations and must load where only torch is installed.
 """
 
 from __future__ import annotations
