@@ -1,0 +1,241 @@
+"""Checkpoints: a directory of safetensors and JSON, whole or absent, never a pickle.
+
+    model.safetensors       the network's tensors
+    training.safetensors    the optimizer's tensors, where a training can go on
+    checkpoint.json         configuration, preprocessing, step, manifest digest, and the SHA-256 of each tensor file
+
+A directory is written beside its place and moved there at the end. Every tensor file is held against its hash when
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cvft.config import ModelConfig, PreprocessConfig
+from cvft.configuration import parse, to_plain
+from cvft.errors import CheckpointError, ConfigError
+from cvft.model import CrossViewModel
+from cvft.optimizer_state import apply_optimizer_state, collect_optimizer_state
+from cvft.tensor_files import require_same_tensors, shapes
+
+FORMAT = "cvft-checkpoint"
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+TRAINING_FILE = "training.safetensors"
+INFO_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        model: The network's configuration.
+        preprocess: What its input was in training; other input makes the weights worthless.
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        manifest_digest: Digest of the manifest trained on; none for imported weights.
+        metrics: Numbers by name, as evaluated at this step.
+        training: Plain JSON that the training loop needs to go on (sampler position, best so far).
+        format_version: Version of this layout.
+    """
+
+    model: ModelConfig
+    preprocess: PreprocessConfig
+    step: int = 0
+    epoch: int = 0
+    manifest_digest: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def save_checkpoint(
+    directory: Path, *, model: CrossViewModel, info: CheckpointInfo, optimizer: Optimizer | None = None
+) -> None:
+    """Write a checkpoint; `directory` holds all of it or, if the process dies on the way, what it held before.
+
+    Args:
+        directory: Its place; an older checkpoint there is replaced.
+        model: The network itself, without a DDP wrapper.
+        info: What to say about it.
+        optimizer: Adam or AdamW over the network's parameters; without it the training cannot be resumed from here.
+
+    Raises:
+        CheckpointError: The place cannot be written.
+    """
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        document: dict[str, Any] = {"format": FORMAT, **to_plain(info)}
+        document["files"] = {MODEL_FILE: _write_tensors(temporary / MODEL_FILE, model.state_dict())}
+        if optimizer is not None:
+            tensors, document["optimizer_groups"] = collect_optimizer_state(optimizer, model)
+            document["files"][TRAINING_FILE] = _write_tensors(temporary / TRAINING_FILE, tensors)
+        _write(temporary / INFO_FILE, json.dumps(document, indent=2).encode())
+        _publish(temporary, directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot write the checkpoint: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_info(directory: Path) -> CheckpointInfo:
+    """Read what a checkpoint says about itself, without its tensors.
+
+    Raises:
+        CheckpointError: There is no checkpoint, it is damaged, or a newer version wrote it.
+    """
+    return _info(_document(directory), directory)
+
+
+def load_model(
+    directory: Path, *, preprocess: PreprocessConfig | None = None, allow_other_preprocess: bool = False
+) -> tuple[CrossViewModel, CheckpointInfo]:
+    """Build the network of a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        directory: The checkpoint.
+        preprocess: The input that the network will be given; none means the checkpoint's own.
+        allow_other_preprocess: Accept input prepared otherwise than in training.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged, or `preprocess` is not the one it was trained with.
+        ConfigError: Other preprocessing was allowed, but its image size does not give the network's grid.
+    """
+    document = _document(directory)
+    info = _info(document, directory)
+    differences = _differences(info.preprocess, preprocess or info.preprocess)
+    if differences and not allow_other_preprocess:
+        raise CheckpointError(
+            f"{directory} was trained with other preprocessing: {differences}; "
+            "use the checkpoint's own, or allow_other_preprocess=True if you mean it"
+        )
+    model = CrossViewModel(info.model, preprocess or info.preprocess)
+    _load_state(model, document, directory)
+    return model.eval(), info
+
+
+def restore_training(directory: Path, *, model: CrossViewModel, optimizer: Optimizer) -> CheckpointInfo:
+    """Put a checkpoint's tensors into a network and its optimizer; training goes on to the bit as if never stopped.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged, holds no optimizer state, or is of another configuration.
+    """
+    document = _document(directory)
+    info = _info(document, directory)
+    differences = _differences(info.model, model.config)
+    if differences:
+        raise CheckpointError(
+            f"{directory} is of another model: {differences}; resume with the training's own configuration"
+        )
+    if TRAINING_FILE not in document["files"]:
+        raise CheckpointError(
+            f"{directory} holds no {TRAINING_FILE}: it can be evaluated, but no training can go on from it"
+        )
+    tensors = _read_tensors(directory, TRAINING_FILE, document["files"])
+    _load_state(model, document, directory)
+    apply_optimizer_state(optimizer, model, tensors=tensors, groups=document["optimizer_groups"], source=str(directory))
+    return info
+
+
+def _document(directory: Path) -> dict[str, Any]:
+    path = directory / INFO_FILE
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot read it ({error.strerror}); give the directory of a checkpoint"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; take another checkpoint") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its `format` is not {FORMAT!r}")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}; use its own release"
+        )
+    if not isinstance(document.get("files"), dict) or MODEL_FILE not in document["files"]:
+        raise CheckpointError(f"{path} is damaged: `files` names no {MODEL_FILE}; take another checkpoint")
+    return document
+
+
+def _info(document: Mapping[str, Any], directory: Path) -> CheckpointInfo:
+    own = {
+        key: value for key, value in document.items() if key not in ("format", "files", "optimizer_groups", "training")
+    }
+    try:
+        # `training` is any JSON, which the typed parser has no words for.
+        return replace(parse(CheckpointInfo, own), training=document.get("training", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / INFO_FILE} cannot be used: {error}") from error
+
+
+def _differences(trained: object, here: object) -> str:
+    """Name the fields in which two configurations of one class differ, by dotted key and with both values."""
+    trained_values, here_values = _flat(to_plain(trained)), _flat(to_plain(here))
+    return ", ".join(
+        f"{key} was {value} and is {here_values[key]} here"
+        for key, value in trained_values.items()
+        if here_values[key] != value
+    )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        values.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return values
+
+
+def _load_state(model: CrossViewModel, document: Mapping[str, Any], directory: Path) -> None:
+    state = _read_tensors(directory, MODEL_FILE, document["files"])
+    require_same_tensors(shapes(model.state_dict()), shapes(state), source=str(directory / MODEL_FILE))
+    model.load_state_dict(state)
+
+
+def _read_tensors(directory: Path, name: str, hashes: Mapping[str, str]) -> dict[str, Tensor]:
+    path = directory / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it ({error.strerror}); the checkpoint is incomplete") from error
+    if hashlib.sha256(data).hexdigest() != hashes[name]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; take another checkpoint")
+    return dict(safetensors.torch.load(data))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    _write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Move a finished directory to its place; an older one steps aside: no rename replaces a full directory."""
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        os.replace(directory, aside)
+    os.replace(temporary, directory)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""The network: two trunks, a head chosen by configuration, one descriptor per image.
+
+Shape letters: B images, H x W pixels, C channels, h x w the grid, D values of a descriptor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cvft.backbone import Trunk
+from cvft.config import ModelConfig, PreprocessConfig
+from cvft.errors import ConfigError
+from cvft.feature_transport import FeatureTransport
+from cvft.ops import LegacyBilinearResize, SameConv2d, pooled_size
+from cvft.tensor_files import read_weights
+from cvft.transport import TransportResult
+
+
+class CrossViewModel(nn.Module):
+    """Embeds ground and aerial images in one space, each side without the other.
+
+    Heads (`config.head.kind`): `cvft` projects both feature maps to the same grid and moves the ground features by
+    transport; `conv` is the same without transport; `global_pool` takes the maximum of each channel of the trunk. The
+    latter two are the paper's ablation.
+
+    Attributes:
+        config: What the network was built from.
+        descriptor_dim: D.
+    """
+
+    def __init__(self, config: ModelConfig, preprocess: PreprocessConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.ground_trunk = Trunk(config.backbone)
+        self.aerial_trunk = None if config.backbone.is_shared else Trunk(config.backbone)
+        channels, head = self.ground_trunk.out_channels, config.head
+        self.descriptor_dim = channels
+        if head.kind != "global_pool":
+            ground_map, aerial_map = (
+                pooled_size(self.ground_trunk.map_size(size_px), 1, "ceil")
+                for size_px in (preprocess.ground_size_px, preprocess.aerial_size_px)
+            )
+            _require_grid(config, aerial_map, preprocess.aerial_size_px)
+            self.ground_projection = _projection(channels, head.channels)
+            self.aerial_projection = _projection(channels, head.channels)
+            self.resize = LegacyBilinearResize(ground_map, head.grid)
+            self.descriptor_dim = head.channels * head.grid[0] * head.grid[1]
+        if head.kind == "cvft":
+            self.transport = FeatureTransport(head.transport, channels=head.channels, grid=head.grid)
+
+    def forward(self, ground: Tensor, aerial: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unit descriptors [B, D] of both sides of B pairs, from normalised pixels [B, 3, H, W]."""
+        return self.embed_ground(ground), self.embed_aerial(aerial)
+
+    def embed_ground(self, ground: Tensor) -> Tensor:
+        """Return the unit descriptors [B, D] of normalised panoramas [B, 3, H, W]."""
+        if self.config.head.kind == "global_pool":
+            return _unit(self.ground_trunk(ground).amax((2, 3)))
+        features = self._ground_features(ground)
+        return _descriptor(self.transport(features) if self.config.head.kind == "cvft" else features)
+
+    def embed_aerial(self, aerial: Tensor) -> Tensor:
+        """Return the unit descriptors [B, D] of normalised aerial images [B, 3, H, W]."""
+        features = (self.ground_trunk if self.aerial_trunk is None else self.aerial_trunk)(aerial)
+        if self.config.head.kind == "global_pool":
+            return _unit(features.amax((2, 3)))
+        return _descriptor(functional.relu(self.aerial_projection(features)))
+
+    def ground_transport(self, ground: Tensor) -> TransportResult:
+        """Return the transport of normalised panoramas [B, 3, H, W], to be looked at.
+
+        Raises:
+            ConfigError: The head has no transport.
+        """
+        if self.config.head.kind != "cvft":
+            raise ConfigError(
+                f"model.head.kind: {self.config.head.kind} moves no features; only cvft has a transport plan"
+            )
+        return self.transport.transport(self._ground_features(ground))
+
+    def _ground_features(self, ground: Tensor) -> Tensor:
+        features: Tensor = self.resize(functional.relu(self.ground_projection(self.ground_trunk(ground))))
+        return features
+
+
+def build_model(config: ModelConfig, preprocess: PreprocessConfig) -> CrossViewModel:
+    """Build a network for training: random weights, or trunks that start from `config.backbone.weights`.
+
+    Raises:
+        ConfigError: `config.head.grid` is not the map that an aerial image of `preprocess.aerial_size_px` gives.
+        CheckpointError: The backbone's weights cannot be read or do not fit.
+    """
+    model = CrossViewModel(config, preprocess)
+    source = config.backbone.weights
+    if source is not None:
+        weights = read_weights(source)
+        for trunk in (model.ground_trunk, model.aerial_trunk):
+            if trunk is not None:
+                trunk.load_torchvision(weights, source=source)
+    return model
+
+
+def _require_grid(config: ModelConfig, aerial_map: tuple[int, int], aerial_size_px: tuple[int, int]) -> None:
+    if aerial_map != config.head.grid:
+        raise ConfigError(
+            f"model.head.grid: {list(config.head.grid)} is not the map {list(aerial_map)} that an aerial image of "
+            f"{list(aerial_size_px)} px leaves after {len(config.backbone.blocks) - 1} pools and a stride of 2; "
+            f"set it to {list(aerial_map)} or change preprocess.aerial_size_px"
+        )
+
+
+def _projection(in_channels: int, out_channels: int) -> SameConv2d:
+    projection = SameConv2d(in_channels, out_channels, kernel_size=3, stride=2)
+    nn.init.kaiming_normal_(projection.weight, nonlinearity="relu")
+    nn.init.zeros_(projection.bias)  # type: ignore[arg-type]  # typed optional, made here with bias
+    return projection
+
+
+def _descriptor(features: Tensor) -> Tensor:
+    """Flatten [B, C, h, w] in the order h, w, C (C fastest), as the official graph does, and normalise."""
+    return _unit(features.permute(0, 2, 3, 1).flatten(1))
+
+
+def _unit(values: Tensor) -> Tensor:
+    with torch.autocast(values.device.type, enabled=False):
+        return functional.normalize(values.float(), dim=1)
