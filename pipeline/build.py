@@ -1,0 +1,212 @@
+"""From raw pairs to shards and a manifest, on Ray: one task per shard, a bounded window of them, finished ones kept.
+
+Order of events: scan -> plan (which pair in which shard, fingerprinted) -> shards, each followed by its sidecar ->
+manifest. Killed anywhere and started again, it writes only what is missing and ends with the same manifest. No image
+passes through Ray's object store: a task gets the names of its files and gives back a few numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cvft.errors import CvftError, DataError, StoreError
+from pipeline.manifest import Manifest, pair_table
+from pipeline.sampler import epoch_permutation
+from pipeline.schema import PairSource
+from pipeline.shards import FORMAT_VERSION, ShardEntry, ShardSpec, read_entry, write_shard
+from pipeline.sources.base import Problem, SourceScan, count_kinds, count_splits, unusable_summary
+from pipeline.sources.detect import open_source
+from pipeline.storage import Store
+
+_MAX_RETRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """What `build_shards` made.
+
+    Attributes:
+        manifest: URI of the manifest.
+        digest: The manifest's digest.
+        layout: Layout of the raw data.
+        num_pairs: Pairs in the shards.
+        num_shards: Shards.
+        num_bytes: Their size together.
+        num_written: Shards written by this call; the others were there.
+        seconds: Time this call took.
+        problems: How often each kind of problem occurs in the raw data.
+        excluded: The problems that kept listed pairs out.
+    """
+
+    manifest: str
+    digest: str
+    layout: str
+    num_pairs: int
+    num_shards: int
+    num_bytes: int
+    num_written: int
+    seconds: float
+    problems: Mapping[str, int]
+    excluded: Sequence[Problem]
+
+
+def build_shards(
+    root: Path,
+    store_uri: str,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    pairs_per_shard: int = 1000,
+    seed: int = 0,
+    window: int | None = None,
+    check_images: bool = True,
+    skip_unusable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardResult:
+    """Shard a raw dataset into a store. Ray must be initialised; `root` must be visible to its workers.
+
+    Args:
+        root: Folder of the dataset, or a table of pairs.
+        store_uri: Where shards and manifest go.
+        layout: `auto` or the layout it must be.
+        split: See `open_source`.
+        pairs_per_shard: The last shard of a split may hold fewer.
+        seed: Of the permutation that mixes each split's pairs before they are cut into shards.
+        window: Tasks submitted at a time; twice the cluster's CPUs if none.
+        check_images: Decode every image before it is written.
+        skip_unusable: Leave unusable pairs out (counted, and named in the manifest) instead of refusing.
+        progress: Called with the number of pairs in finished shards and of all pairs.
+
+    Raises:
+        DataError: The folder is of no known layout, has no pairs, or has unusable ones and `skip_unusable` is not set.
+        StoreError: The store cannot be written.
+    """
+    started = time.monotonic()
+    scan = open_source(root, layout=layout, split=split)
+    _refuse_unusable(scan.problems, num_usable=len(scan.pairs), skip_unusable=skip_unusable)
+    plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
+    specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=check_images)
+    store = Store.from_uri(store_uri)
+    entries = _finished_entries(specs, store, folder=plan[:12])
+    missing = [spec for spec in specs if spec.name not in entries]
+    num_done = sum(entry.info.num_pairs for entry in entries.values())
+    for spec in _write_in_window(missing, store.uri(), window):
+        entries[spec.name] = read_entry(store, spec.sidecar)
+        num_done += len(spec.pairs)
+        if progress is not None:
+            progress(num_done, len(scan.pairs))
+    ordered = [entries[spec.name] for spec in specs]
+    problems = [*scan.problems, *(problem for entry in ordered for problem in entry.problems)]
+    num_pairs = sum(entry.info.num_pairs for entry in ordered)
+    _refuse_unusable(problems, num_usable=num_pairs, skip_unusable=skip_unusable)
+    manifest = assemble_manifest(ordered, problems, layout=scan.layout, plan=plan, store_uri=store.uri())
+    return ShardResult(
+        manifest=manifest.publish(),
+        digest=manifest.digest,
+        layout=scan.layout,
+        num_pairs=num_pairs,
+        num_shards=len(manifest.shards),
+        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        num_written=len(missing),
+        seconds=time.monotonic() - started,
+        problems=count_kinds(problems),
+        excluded=manifest.excluded,
+    )
+
+
+def plan_fingerprint(pairs: Sequence[PairSource], *, pairs_per_shard: int, seed: int) -> str:
+    """Return a digest of which pairs are sharded how; it names the shards' folder, so that plans never mix."""
+    content = hashlib.sha256(json.dumps([FORMAT_VERSION, pairs_per_shard, seed]).encode())
+    for pair in sorted(pairs, key=lambda pair: pair.key):
+        place = asdict(pair.location) if pair.location else None
+        sizes = [path.stat().st_size for path in (pair.ground, pair.aerial)]
+        content.update(json.dumps([pair.key, pair.split, pair.location_id, place, sizes], sort_keys=True).encode())
+    return content.hexdigest()
+
+
+def plan_shards(scan: SourceScan, plan: str, *, pairs_per_shard: int, seed: int, check_images: bool) -> list[ShardSpec]:
+    """Mix each split's pairs by `seed` and cut them into shards, whatever order the source listed them in."""
+    specs: list[ShardSpec] = []
+    for split, num_pairs in count_splits(scan.pairs).items():
+        ordered = sorted((pair for pair in scan.pairs if pair.split == split), key=lambda pair: pair.key)
+        mixed = [ordered[row] for row in epoch_permutation(num_pairs, seed=seed, epoch=0)]
+        specs.extend(
+            ShardSpec(
+                name=f"shards/{plan[:12]}/{split}-{number:05d}.tar",
+                root=scan.root,
+                pairs=mixed[start : start + pairs_per_shard],
+                usual_size_px=scan.usual_size_px,
+                check_images=check_images,
+            )
+            for number, start in enumerate(range(0, num_pairs, pairs_per_shard))
+        )
+    return specs
+
+
+def assemble_manifest(
+    entries: Sequence[ShardEntry], problems: Sequence[Problem], *, layout: str, plan: str, store_uri: str
+) -> Manifest:
+    """Join finished shards into a manifest; a shard none of whose pairs was usable is left out."""
+    filled = [entry for entry in entries if entry.rows]
+    excluded = sorted((problem for problem in problems if problem.is_unusable), key=str)
+    return Manifest(
+        layout=layout,
+        plan=plan,
+        pairs=pair_table([row | {"shard": number} for number, entry in enumerate(filled) for row in entry.rows]),
+        shards=[entry.info for entry in filled],
+        excluded=excluded,
+        store_uri=store_uri,
+    )
+
+
+def _refuse_unusable(problems: Sequence[Problem], *, num_usable: int, skip_unusable: bool) -> None:
+    summary = unusable_summary(problems, num_usable=num_usable)
+    if summary and not (skip_unusable and num_usable):
+        hint = "; mend or remove them, or leave them out with --skip-unusable" if num_usable else ""
+        raise DataError(f"{summary}{hint}")
+
+
+def _finished_entries(specs: Sequence[ShardSpec], store: Store, *, folder: str) -> dict[str, ShardEntry]:
+    """Return what an earlier run wrote for these very specs; a shard that lacks pairs is redone, they may be mended."""
+    present = frozenset(store.list(f"shards/{folder}"))
+    entries = {}
+    for spec in specs:
+        if {spec.sidecar, spec.name} <= present:
+            entry = read_entry(store, spec.sidecar)
+            is_whole = entry.fingerprint == spec.fingerprint() and entry.info.num_pairs == len(spec.pairs)
+            if is_whole and store.size(spec.name) == entry.info.num_bytes:
+                entries[spec.name] = entry
+    return entries
+
+
+def _write_shard_task(spec: ShardSpec, store_uri: str) -> dict[str, Any]:
+    entry = write_shard(spec, Store.from_uri(store_uri))
+    return {"name": entry.info.name, "num_pairs": entry.info.num_pairs}
+
+
+def _write_in_window(specs: Sequence[ShardSpec], store_uri: str, window: int | None) -> Iterator[ShardSpec]:
+    """Write shards on Ray, at most `window` tasks at a time, and yield each one's spec as it is finished."""
+    size = window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    task = ray.remote(max_retries=_MAX_RETRIES, retry_exceptions=[OSError, StoreError])(_write_shard_task)
+    waiting = list(reversed(specs))
+    running: dict[Any, ShardSpec] = {}
+    while waiting or running:
+        while waiting and len(running) < size:
+            spec = waiting.pop()
+            running[task.remote(spec, store_uri)] = spec
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CvftError):
+                raise error.cause from None
+            raise
+        yield running.pop(done)

@@ -1,0 +1,223 @@
+"""The index of a sharded dataset: where each pair's bytes lie, what they must be, where they were taken.
+
+A manifest is one Parquet file `manifests/<digest>.parquet` in the dataset's store, published last and never changed.
+Its name is its content's digest, taken over the rows and the shards as canonical JSON and not over the file's bytes, so
+that it is the same whatever version of Parquet's writer made it. Training and evaluation name their data by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cvft.errors import DataError, ShardError
+from pipeline.sources.base import Problem
+from pipeline.storage import Store
+
+SCHEMA_VERSION = 1
+EARTH_RADIUS_M = 6_371_008.8  # mean radius of WGS84
+_FOLDER = "manifests"
+_DIGEST_CHARACTERS = 16
+_METADATA_KEY = b"cvft"
+
+_IMAGE_FIELDS = [
+    ("offset", pa.int64()),  # of the image's first byte within its shard
+    ("bytes", pa.int64()),
+    ("xxh3_128", pa.string()),
+    ("height_px", pa.int32()),
+    ("width_px", pa.int32()),
+]
+PAIR_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("location_id", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.int32()),  # position in `Manifest.shards`
+        *((f"{role}_{name}", kind) for role in ("ground", "aerial") for name, kind in _IMAGE_FIELDS),
+        ("latitude_deg", pa.float64()),
+        ("longitude_deg", pa.float64()),
+        ("heading_deg", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One tar of the dataset.
+
+    Attributes:
+        name: Its path within the store.
+        num_bytes: Its length.
+        sha256: Its digest, which also names it in caches.
+        num_pairs: How many pairs it holds.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_pairs: int
+
+
+class Manifest:
+    """The pairs and shards of one dataset.
+
+    Attributes:
+        digest: Hexadecimal sha256 of the content; 16 characters of it name the file.
+        layout: Layout of the raw data.
+        plan: Fingerprint of the plan that the shards were written by.
+        pairs: Table with the columns of `PAIR_SCHEMA`.
+        shards: The tars, in the order that the column `shard` counts them.
+        excluded: Problems that kept listed pairs out of the shards.
+        store_uri: The store that holds manifest and shards.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str,
+        plan: str,
+        pairs: pa.Table,
+        shards: Sequence[ShardInfo],
+        excluded: Sequence[Problem],
+        store_uri: str,
+    ) -> None:
+        self.layout = layout
+        self.plan = plan
+        self.pairs = pairs
+        self.shards = tuple(shards)
+        self.excluded = tuple(excluded)
+        self.store_uri = store_uri
+        self.digest = self._compute_digest()
+
+    @classmethod
+    def load(cls, uri: str) -> Manifest:
+        """Read and verify a manifest.
+
+        Args:
+            uri: `<store>/manifests/<digest>.parquet`, local or remote.
+
+        Raises:
+            ShardError: The name is not a manifest's, the file is damaged, or its content is not what its name says.
+            StoreError: It cannot be read.
+        """
+        store_uri, _, name = uri.rpartition(f"/{_FOLDER}/")
+        if not store_uri or not name.endswith(".parquet"):
+            raise ShardError(f"{uri}: is no manifest; name <store>/{_FOLDER}/<digest>.parquet as `shard` printed it")
+        data = Store.from_uri(store_uri).read_bytes(f"{_FOLDER}/{name}")
+        try:
+            pairs = pq.read_table(io.BytesIO(data))
+            metadata = json.loads(pairs.schema.metadata[_METADATA_KEY])
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{uri}: the manifest is damaged ({' '.join(str(error).split())}); shard again") from None
+        if metadata["schema_version"] != SCHEMA_VERSION:
+            found = metadata["schema_version"]
+            raise ShardError(f"{uri}: has schema version {found}, this program reads {SCHEMA_VERSION}; shard again")
+        manifest = cls(
+            layout=metadata["layout"],
+            plan=metadata["plan"],
+            pairs=pairs.replace_schema_metadata(None),
+            shards=[ShardInfo(**shard) for shard in metadata["shards"]],
+            excluded=[Problem(**problem) for problem in metadata["excluded"]],
+            store_uri=store_uri,
+        )
+        if not manifest.digest.startswith(name.removesuffix(".parquet")):
+            raise ShardError(f"{uri}: the content's digest is {manifest.digest[:16]}: renamed or damaged; shard again")
+        return manifest
+
+    @property
+    def uri(self) -> str:
+        """Where the manifest is once published."""
+        return Store.from_uri(self.store_uri).uri(self._path)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Number of pairs in each split, in alphabetical order."""
+        counts = self.pairs["split"].value_counts().to_pylist()
+        return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: str(entry["values"]))}
+
+    def publish(self) -> str:
+        """Write the manifest into its store, unless this very one is there; return its URI.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        metadata = {_METADATA_KEY: _canonical(self._metadata()).encode()}
+        stream = io.BytesIO()
+        pq.write_table(self.pairs.replace_schema_metadata(metadata), stream, compression="zstd")
+        Store.from_uri(self.store_uri).create_bytes(self._path, stream.getvalue())
+        return self.uri
+
+    def split(self, name: str) -> pa.Table:
+        """Return the rows of one split, in the manifest's order.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        if name not in self.splits:
+            raise DataError(f"split {name!r} is not in {self.uri}; it has {', '.join(self.splits)}")
+        return self.pairs.filter(pc.field("split") == name)
+
+    def location_m(self, split: str) -> npt.NDArray[np.float64]:
+        """Return easting and northing of a split's pairs on one plane for the whole dataset, [N, 2] in metres.
+
+        The plane is equirectangular about the mean of all locations: x = R cos(lat0) (lon - lon0), y = R (lat - lat0).
+        The sphere itself is right to 0.5 %. Beyond that a distance is off by up to tan(lat0) times the difference in
+        latitude from the mean (in radians): 0.3 % in a city 20 km across at 60 degrees, but 20 % at the edges of a
+        continent, where only the order of magnitude holds.
+
+        Returns:
+            NaN in the rows without a location.
+        """
+        everywhere = _degrees(self.pairs)
+        here = _degrees(self.split(split))
+        if np.isnan(everywhere).all():
+            return np.full_like(here, np.nan)
+        latitude0_deg, longitude0_deg = np.nanmean(everywhere, axis=0)
+        east = np.radians(here[:, 1] - longitude0_deg) * math.cos(math.radians(latitude0_deg))
+        north = np.radians(here[:, 0] - latitude0_deg)
+        return EARTH_RADIUS_M * np.stack([east, north], axis=1)
+
+    @property
+    def _path(self) -> str:
+        return f"{_FOLDER}/{self.digest[:_DIGEST_CHARACTERS]}.parquet"
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "layout": self.layout,
+            "plan": self.plan,
+            "shards": [asdict(shard) for shard in self.shards],
+            "excluded": [asdict(problem) for problem in self.excluded],
+        }
+
+    def _compute_digest(self) -> str:
+        content = hashlib.sha256(_canonical(self._metadata()).encode())
+        for name in PAIR_SCHEMA.names:
+            content.update(_canonical({name: self.pairs[name].to_pylist()}).encode())
+        return content.hexdigest()
+
+
+def pair_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return manifest rows as a table with `PAIR_SCHEMA`."""
+    return pa.Table.from_pylist(list(rows), schema=PAIR_SCHEMA)
+
+
+def _canonical(content: Any) -> str:
+    # NaN never occurs (unknown is null), and repr of a float is the same everywhere: one content has one text.
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _degrees(pairs: pa.Table) -> npt.NDArray[np.float64]:
+    columns = [pairs[name].to_numpy(zero_copy_only=False) for name in ("latitude_deg", "longitude_deg")]
+    return np.stack([column.astype(np.float64) for column in columns], axis=1)

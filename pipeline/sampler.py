@@ -1,0 +1,77 @@
+"""Which pairs make up which batch: a pure function of seed, epoch and step, the same on any number of ranks.
+
+A global batch has a fixed size; rank r of R takes its rows r, r + R, r + 2R, ... So an epoch's global batches do not
+depend on R, every rank makes the same number of steps, and a run resumes from (epoch, step) alone.
+
+Shape letters: N pairs of the split, B pairs of a global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from cvft.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+
+def epoch_permutation(num_pairs: int, *, seed: int, epoch: int) -> Indices:
+    """Return a permutation of `num_pairs` rows, int64 [N].
+
+    The rows are sorted by raw words of the Philox counter generator keyed by (seed, epoch). Unlike numpy's own
+    `permutation`, whose method may change from version to version, the raw words are fixed for good.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def check_divisible(batch_size: int, *, world_size: int) -> None:
+    """Refuse a global batch that cannot be cut into equal parts.
+
+    Raises:
+        ConfigError: It is not a multiple of the number of ranks.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ConfigError(f"batch_size: {batch_size} is no multiple of {world_size} ranks; use one")
+
+
+def check_fills(num_pairs: int, *, batch_size: int) -> None:
+    """Refuse a global batch that a training epoch cannot fill once.
+
+    Raises:
+        ConfigError: It is larger than the split.
+    """
+    if batch_size > num_pairs:
+        raise ConfigError(f"batch_size: {batch_size} exceeds the split's {num_pairs} pairs; use {num_pairs} or fewer")
+
+
+def train_batches(num_pairs: int, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Indices]:
+    """Yield the epoch's global batches from `first_step` on, int64 [B] each; the tail is dropped."""
+    permutation = epoch_permutation(num_pairs, seed=seed, epoch=epoch)
+    for step in range(first_step, num_pairs // batch_size):
+        yield permutation[step * batch_size : (step + 1) * batch_size]
+
+
+def dropped_tail(num_pairs: int, *, batch_size: int, seed: int, epoch: int) -> Indices:
+    """Return the rows that this epoch leaves out, fewer than a batch and different ones in each epoch."""
+    return epoch_permutation(num_pairs, seed=seed, epoch=epoch)[num_pairs // batch_size * batch_size :]
+
+
+def eval_batches(num_pairs: int, *, batch_size: int) -> Iterator[tuple[Indices, int]]:
+    """Yield all rows in order as (int64 [B], number that counts); the last row is repeated to fill the last batch."""
+    for start in range(0, num_pairs, batch_size):
+        rows = np.arange(start, start + batch_size)
+        yield np.minimum(rows, num_pairs - 1), min(batch_size, num_pairs - start)
+
+
+def rank_rows(batch: Indices, *, world_rank: int, world_size: int) -> Indices:
+    """Return this rank's part of a global batch."""
+    return batch[world_rank::world_size]
+
+
+def rank_num_valid(num_valid: int, *, world_rank: int, world_size: int) -> int:
+    """Return how many leading rows of a rank's part are among the first `num_valid` of the global batch."""
+    return max(0, -(-(num_valid - world_rank) // world_size))
