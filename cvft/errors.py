@@ -24,6 +24,10 @@ class CheckpointError(CvftError):
     """A checkpoint that is missing, damaged or made for another model or another preprocessing."""
 
 
+class TrainingError(CvftError):
+    """A training step or a descriptor that cannot be used, such as a loss that is not finite."""
+
+
 class StoreError(CvftError):
     """A storage location that cannot be reached, read or written."""
 

@@ -1,0 +1,269 @@
+"""The training and evaluation loops, in plain torch.
+
+They run in one process, under `torchrun` and inside a Ray Train worker alike: the world is whatever torch.distributed
+says it is. What a resumed training needs is the model, the optimizer and the step: the learning rate is a function of
+the step, and so is the randomness of dropout, since torch is seeded anew at every step.
+
+Shape letters: B pairs of a batch, N pairs of a split, D descriptor values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cvft.batch import Batch
+from cvft.distributed import current_world, gather, gather_with_gradient, unwrap
+from cvft.errors import DataError, TrainingError
+from cvft.loss import Loss
+from cvft.retrieval import RetrievalResult, rank_matches
+
+Preprocessor = Callable[[Tensor], Tensor]
+"""From uint8 [B, H, W, 3] to the network's input, for either view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one training step did.
+
+    Attributes:
+        step: Number of the step in the whole training, counted from 0.
+        loss: Loss of the global batch before the step.
+        learning_rate: Rate of this step.
+        pairs_per_s: Pairs of the global batch per second, waiting for data included.
+        data_wait_s: Time until the batch was there.
+        step_s: Time of the step itself.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    pairs_per_s: float
+    data_wait_s: float
+    step_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What one call of `train_epoch` did.
+
+    Attributes:
+        loss: Mean loss of the steps.
+        num_steps: Steps done.
+        seconds: Wall-clock time.
+        pairs_per_s: Pairs of all ranks per second.
+    """
+
+    loss: float
+    num_steps: int
+    seconds: float
+    pairs_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descriptors:
+    """Descriptors of a split in the manifest's order, on the CPU; 8 * N * D bytes for both views.
+
+    Attributes:
+        ground: float32 [N, D].
+        aerial: float32 [N, D].
+        index: int64 [N], 0 to N - 1.
+        location_m: float64 [N, 2], NaN where unknown.
+    """
+
+    ground: Tensor
+    aerial: Tensor
+    index: Tensor
+    location_m: Tensor
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    preprocess: Preprocessor,
+    loss: Loss,
+    optimizer: Optimizer,
+    learning_rate: Callable[[int], float],
+    first_step: int,
+    seed: int,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> EpochReport:
+    """Train on the given batches, one step each.
+
+    Args:
+        model: Gives (ground, aerial) descriptors [B, D]; wrapped by `wrap_ddp` where there are several ranks.
+        batches: This rank's batches; every rank has the same number of them and of rows in each.
+        preprocess: Makes the network's input from pixels on the model's device.
+        loss: Computed on every rank over the global batch.
+        optimizer: Its learning rate is set at every step.
+        learning_rate: Rate as a function of the step.
+        first_step: Number of the first step.
+        seed: Torch is seeded from (seed, step, world rank) before every step; the caller's generator state is
+            overwritten.
+        on_step: Called after every step, on every rank.
+
+    Raises:
+        TrainingError: The loss is not finite (the weights are still those before the step), no negative is left, or
+            there is no batch.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    started = time.perf_counter()
+    losses: list[float] = []
+    num_pairs = 0
+    for step, (batch, data_wait_s) in enumerate(_with_wait(batches), first_step):
+        begun = time.perf_counter()
+        _seed_step(seed, step)
+        rate = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = _train_step(model, batch.to(device), preprocess=preprocess, loss=loss, optimizer=optimizer, step=step)
+        step_s = time.perf_counter() - begun
+        losses.append(value)
+        pairs = len(batch.index) * current_world().size
+        num_pairs += pairs
+        if on_step is not None:
+            on_step(
+                StepReport(
+                    step=step,
+                    loss=value,
+                    learning_rate=rate,
+                    pairs_per_s=pairs / (data_wait_s + step_s),
+                    data_wait_s=data_wait_s,
+                    step_s=step_s,
+                )
+            )
+    if not losses:
+        raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
+    seconds = time.perf_counter() - started
+    return EpochReport(
+        loss=sum(losses) / len(losses), num_steps=len(losses), seconds=seconds, pairs_per_s=num_pairs / seconds
+    )
+
+
+def _with_wait(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield each batch with the seconds that it was waited for."""
+    asked = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - asked
+        asked = time.perf_counter()
+
+
+def _train_step(
+    model: nn.Module, batch: Batch, *, preprocess: Preprocessor, loss: Loss, optimizer: Optimizer, step: int
+) -> float:
+    ground, aerial = model(preprocess(batch.ground), preprocess(batch.aerial))
+    value = loss(gather_with_gradient(ground), gather_with_gradient(aerial), location_m=gather(batch.location_m))
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()  # type: ignore[no-untyped-call]
+    # Read after the backward is queued, so that a GPU does not idle between the two, and before the weights are
+    # touched.
+    number = value.item()
+    if not np.isfinite(number):
+        # Every rank computed the same loss from the same gathered descriptors, so all of them come here.
+        index = gather(batch.index).tolist()
+        raise TrainingError(
+            f"step {step}: the loss is {number} on the pairs {index}; lower the learning rate, or look at these pairs"
+        )
+    optimizer.step()
+    return number
+
+
+def _seed_step(seed: int, step: int) -> None:
+    state = np.random.SeedSequence([seed, step, current_world().rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, batches: Iterable[Batch], *, preprocess: Preprocessor, num_pairs: int | None = None
+) -> Descriptors:
+    """Compute the descriptors of a whole split, on every rank.
+
+    Args:
+        model: Gives (ground, aerial) descriptors [B, D]; runs in evaluation mode, which is undone afterwards.
+        batches: This rank's batches; every rank has the same number of them and of rows in each, padding included.
+        preprocess: Makes the network's input from pixels on the model's device.
+        num_pairs: N, where known; then rows missing at the end are seen too.
+
+    Raises:
+        DataError: A row is missing or comes twice.
+    """
+    module = unwrap(model)
+    device = next(module.parameters()).device
+    chunks: list[tuple[Tensor, ...]] = []
+    with _evaluation_mode(module):
+        for batch in batches:
+            moved = batch.to(device)
+            ground, aerial = module(preprocess(moved.ground), preprocess(moved.aerial))
+            index = moved.index.clone()
+            index[batch.num_valid :] = -1
+            gathered = [gather(part) for part in (index, ground.float(), aerial.float(), moved.location_m)]
+            is_valid = gathered[0] >= 0
+            chunks.append(tuple(part[is_valid].cpu() for part in gathered))
+    order, ground, aerial, location_m = _in_order(chunks, num_pairs)
+    return Descriptors(index=order, ground=ground, aerial=aerial, location_m=location_m)
+
+
+def _in_order(chunks: list[tuple[Tensor, ...]], num_pairs: int | None) -> list[Tensor]:
+    """Put every column of the chunks in the order of the first one, which must hold 0 to N - 1 once each."""
+    index = torch.cat([chunk[0] for chunk in chunks]) if chunks else torch.empty(0, dtype=torch.int64)
+    counts = torch.bincount(index, minlength=num_pairs or 0)
+    if len(index) == 0 or len(counts) != (num_pairs or len(counts)) or (counts != 1).any():
+        wrong = {"missing": (counts == 0).nonzero()[:, 0].tolist(), "doubled": (counts > 1).nonzero()[:, 0].tolist()}
+        found = ", ".join(f"{len(rows)} {kind} (first {rows[:5]})" for kind, rows in wrong.items())
+        raise DataError(
+            f"the evaluation batches hold {len(index)} rows of {num_pairs or len(counts)}: {found};"
+            " every row of the split must come exactly once"
+        )
+    columns = [torch.empty(len(index), *column.shape[1:], dtype=column.dtype) for column in chunks[0]]
+    for chunk in chunks:
+        for column, part in zip(columns, chunk, strict=True):
+            column[chunk[0]] = part
+    return columns
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:  # not module.train(): a part may have been in evaluation mode before
+            part.training = True
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    preprocess: Preprocessor,
+    num_pairs: int | None = None,
+    num_top: int = 10,
+    block: int = 1024,
+) -> RetrievalResult:
+    """Embed a split and rank every ground image's aerial image among all of them; every rank gets the whole result.
+
+    Args:
+        model: As in `embed`.
+        batches: As in `embed`.
+        preprocess: As in `embed`.
+        num_pairs: As in `embed`.
+        num_top: Best references to list per query.
+        block: Rows of a block of the ranking; bounds its memory.
+
+    Raises:
+        DataError: A row is missing or comes twice.
+        TrainingError: A descriptor holds NaN or infinity.
+    """
+    found = embed(model, batches, preprocess=preprocess, num_pairs=num_pairs)
+    return rank_matches(found.ground, found.aerial, num_top=num_top, block=block)
