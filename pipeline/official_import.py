@@ -51,7 +51,7 @@ def _read_variables(checkpoint_prefix: str) -> dict[str, NDArray[np.float32]]:
         reader = tensorflow.train.load_checkpoint(checkpoint_prefix)
         names = weight_names(reader.get_variable_to_shape_map())
         return {name: reader.get_tensor(name) for name in sorted(names)}
-    except (tensorflow.errors.OpError, ValueError, RuntimeError) as error:
+    except (tensorflow.errors.OpError, ValueError, RuntimeError, LookupError) as error:
         raise CheckpointError(
             f"{checkpoint_prefix}: cannot read this TensorFlow checkpoint: {first_line(error)}; "
             "give the path without .index and .data-00000-of-00001"
