@@ -1,0 +1,159 @@
+"""The model registry: a checkpoint becomes a version that loads anywhere, and an alias says which version is in use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+import cvft
+from cvft.checkpoint import INFO_FILE, MODEL_FILE, CheckpointInfo, load_model, read_info
+from pipeline.tracking.runs import Run
+
+CHECKPOINT_TAG = "checkpoint_sha256"
+SERVING = Path(__file__).with_name("serving.py")
+PACKAGES = ("torch", "numpy", "safetensors", "mlflow")
+
+
+def register_model(
+    run: Run,
+    checkpoint: Path,
+    *,
+    name: str = "cvft",
+    alias: str = "champion",
+    metrics: Mapping[str, float] | None = None,
+    description: str = "",
+    tags: Mapping[str, str] | None = None,
+) -> int:
+    """Register a checkpoint as a pyfunc model and point an alias at it.
+
+    The version's tag `previous_<alias>` keeps the version that the alias pointed at before. A checkpoint that is
+    registered already is not registered twice: its version gets the alias.
+
+    Args:
+        run: The run that trained it.
+        checkpoint: Directory of the checkpoint; its optimizer state stays behind.
+        name: Registered model.
+        alias: Moved to this version: `mlflow.pyfunc.load_model("models:/<name>@<alias>")`.
+        metrics: Recalls and the like, shown beside the model.
+        description: For people.
+        tags: Further tags of the version.
+
+    Returns:
+        The version.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    info = read_info(checkpoint)
+    client = run.client
+    digest = hashlib.sha256((checkpoint / INFO_FILE).read_bytes()).hexdigest()  # it holds the tensors' own hashes
+    version = find_version(client, name, digest)
+    if version is None:
+        logged = _log_model(run, checkpoint, info=info, name=name, metrics=metrics or {})
+        own_tags = {CHECKPOINT_TAG: digest, "manifest_digest": info.manifest_digest or "", "step": str(info.step)}
+        version = _create_version(run, logged, name=name, description=description, tags={**own_tags, **(tags or {})})
+    _move_alias(client, name, alias=alias, version=version)
+    return version
+
+
+def find_version(client: MlflowClient, name: str, checkpoint_sha256: str) -> int | None:
+    """Return the version of a registered model that holds a checkpoint, or none."""
+    found = client.search_model_versions(f"name = '{name}' and tags.{CHECKPOINT_TAG} = '{checkpoint_sha256}'")
+    return max((int(version.version) for version in found), default=None)
+
+
+def model_signature(info: CheckpointInfo, descriptor_dim: int) -> ModelSignature:
+    """Return two named image batches in, two named descriptor batches out; MLflow checks them at every prediction."""
+
+    def image(name: str, size_px: tuple[int, int]) -> TensorSpec:
+        return TensorSpec(np.dtype(np.uint8), (-1, *size_px, 3), name)
+
+    views = ("ground", "aerial")
+    sizes = (info.preprocess.ground_size_px, info.preprocess.aerial_size_px)
+    outputs = [TensorSpec(np.dtype(np.float32), (-1, descriptor_dim), view) for view in views]
+    return ModelSignature(
+        inputs=Schema([image(view, size) for view, size in zip(views, sizes, strict=True)]), outputs=Schema(outputs)
+    )
+
+
+def _log_model(
+    run: Run, checkpoint: Path, *, info: CheckpointInfo, name: str, metrics: Mapping[str, float]
+) -> LoggedModel:
+    """Store the model under the run: serving.py, the `cvft` package, the checkpoint without its optimizer state."""
+    client = run.client
+    experiment_id = client.get_run(run.run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run.run_id, model_type="pyfunc")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Model(
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+                run_id=run.run_id,
+            )
+            _save(model, checkpoint, info=info, folder=Path(folder))
+            client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, info.step)])
+    now = int(time.time() * 1000)
+    entries = [
+        Metric(key, float(value), now, info.step, model_id=logged.model_id, run_id=run.run_id)
+        for key, value in metrics.items()
+    ]
+    client.log_batch(run.run_id, metrics=entries)
+    return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _save(model: Model, checkpoint: Path, *, info: CheckpointInfo, folder: Path) -> None:
+    slim = folder / "checkpoint"
+    slim.mkdir()
+    for file in (INFO_FILE, MODEL_FILE):
+        shutil.copyfile(checkpoint / file, slim / file)
+    network, _ = load_model(slim)  # also holds the tensors against their hash
+    # Requirements are named: finding them out by a trial load costs seven seconds.
+    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in PACKAGES}
+    mlflow.pyfunc.save_model(
+        str(folder / "model"),
+        mlflow_model=model,
+        python_model=str(SERVING),
+        artifacts={"checkpoint": str(slim)},
+        signature=model_signature(info, network.descriptor_dim),
+        code_paths=[str(Path(cvft.__file__).parent)],
+        pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
+    )
+
+
+def _create_version(run: Run, logged: LoggedModel, *, name: str, description: str, tags: Mapping[str, str]) -> int:
+    client = run.client
+    if not client.search_registered_models(f"name = '{name}'", max_results=1):
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=run.run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=logged.model_id,
+    )
+    return int(version.version)
+
+
+def _move_alias(client: MlflowClient, name: str, *, alias: str, version: int) -> None:
+    previous = client.get_registered_model(name).aliases.get(alias)
+    if previous is not None and int(previous) != version:
+        client.set_model_version_tag(name, str(version), f"previous_{alias}", str(previous))
+    client.set_registered_model_alias(name, alias, str(version))

@@ -1,0 +1,162 @@
+"""Runs in MLflow: one for each training, continued when the training is.
+
+A `Run` is two strings, so that it travels to Ray workers; only rank 0 should log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+from pipeline.tracking.server import Tracking, tracking_client
+
+T = TypeVar("T")
+
+IDENTITY_TAG = "cvft.identity_sha256"
+MAX_PARAMS = 100  # per request
+MAX_METRICS = 1000  # per request
+MAX_PARAM_CHARACTERS = 6000
+MAX_DIGEST_CHARACTERS = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run in MLflow.
+
+    Attributes:
+        uri: Where it is kept.
+        run_id: Its identity there.
+    """
+
+    uri: str
+    run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """The process's MLflow client of this place."""
+        return tracking_client(self.uri)
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Log numbers by name at a step, in as few requests as MLflow allows."""
+        now = int(time.time() * 1000)
+        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        for batch in _batches(entries, MAX_METRICS):
+            self.client.log_batch(self.run_id, metrics=batch)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Log a resolved configuration as parameters with dotted names and, in full, as `config.json`.
+
+        MLflow never changes a parameter. Where a continued run differs from its beginning, the parameter keeps the
+        first value, a tag `changed.<name>` tells both, and `config.json` is the newest.
+        """
+        values = {name: str(value)[:MAX_PARAM_CHARACTERS] for name, value in flatten(config).items()}
+        before = self.client.get_run(self.run_id).data.params
+        for batch in _batches((Param(*item) for item in values.items() if item[0] not in before), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=batch)
+        changed = {name: value for name, value in values.items() if before.get(name, value) != value}
+        self.set_tags({f"changed.{name}": f"{before[name]} -> {value}" for name, value in changed.items()})
+        self.client.log_text(self.run_id, json.dumps(config, indent=2, ensure_ascii=False) + "\n", "config.json")
+
+    def log_dataset(
+        self, *, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record a dataset as an input of the run.
+
+        Args:
+            name: Its name in the user interface.
+            digest: Digest of the manifest; MLflow holds 36 characters of it, the profile the whole.
+            source: URI of the manifest.
+            context: What it was used for (`training`, `evaluation`).
+            profile: Further facts, such as the number of pairs.
+        """
+        scheme, separator, _ = source.partition("://")
+        dataset = Dataset(
+            name=name,
+            digest=digest[:MAX_DIGEST_CHARACTERS],
+            source_type=scheme if separator and scheme != "file" else "local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps({**(profile or {}), "manifest_digest": digest}),
+        )
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
+
+    def log_artifacts(self, paths: Iterable[Path], *, artifact_path: str | None = None) -> None:
+        """Copy files into the run's artifacts, below `artifact_path`."""
+        for path in paths:
+            self.client.log_artifact(self.run_id, str(path), artifact_path)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; an older value of the same name is replaced."""
+        for batch in _batches((RunTag(*item) for item in tags.items()), MAX_PARAMS):
+            self.client.log_batch(self.run_id, tags=batch)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """Close the run; `open_run` opens it again."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def open_run(
+    tracking: Tracking,
+    *,
+    name: str,
+    identity: str,
+    config: Mapping[str, Any],
+    commit: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Run:
+    """Continue the run of this identity, or start it.
+
+    Args:
+        tracking: From `prepare`.
+        name: Name shown in the user interface.
+        identity: What makes two starts the same training (such as its output folder); runs of one identity are one run.
+        config: The resolved configuration, see `Run.log_config`.
+        commit: Commit of the code.
+        tags: Further tags.
+    """
+    run = find_run(tracking, identity=identity)
+    client = tracking_client(tracking.uri)
+    if run is None:
+        created = client.create_run(tracking.experiment_id, run_name=name, tags={IDENTITY_TAG: _hash(identity)})
+        run = Run(uri=tracking.uri, run_id=created.info.run_id)
+    else:
+        client.update_run(run.run_id, status="RUNNING")
+    run.log_config(config)
+    run.set_tags({**({"mlflow.source.git.commit": commit} if commit else {}), **(tags or {})})
+    return run
+
+
+def find_run(tracking: Tracking, *, identity: str) -> Run | None:
+    """Return the run of an identity, the newest if there are several, or none."""
+    runs = tracking_client(tracking.uri).search_runs(
+        [tracking.experiment_id], f"tags.`{IDENTITY_TAG}` = '{_hash(identity)}'", max_results=1
+    )
+    return Run(uri=tracking.uri, run_id=runs[0].info.run_id) if runs else None
+
+
+def _hash(identity: str) -> str:
+    """Hide quotation marks, for which MLflow's filters have no escape."""
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    everything = list(items)
+    for start in range(0, len(everything), size):
+        yield everything[start : start + size]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted names; lists stay values."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        values.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return values

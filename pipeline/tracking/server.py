@@ -1,0 +1,84 @@
+"""Where MLflow keeps things: an sqlite file made ready once, or a server.
+
+No global state of MLflow is used: every call names the place by its URI, so that any process, a Ray worker too,
+can make it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow.telemetry
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from cvft.errors import StoreError
+
+SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """A place for runs and models, ready for use from any process.
+
+    Attributes:
+        uri: Tracking and registry URI; sqlite paths are absolute.
+        experiment_id: The experiment that new runs belong to.
+    """
+
+    uri: str
+    experiment_id: str
+
+
+def prepare(uri: str, *, experiment: str) -> Tracking:
+    """Make the place and the experiment where they are missing; call it once, in the driver, before any worker logs.
+
+    Several processes that create the schema of one sqlite file at once fail. Artifacts of an sqlite file lie beside it
+    in `mlruns/`; a server chooses their place itself.
+
+    Args:
+        uri: `sqlite:///path/mlflow.db` (relative to the working directory; four slashes for an absolute path) or a
+            server's URL.
+        experiment: Name of the experiment.
+
+    Raises:
+        StoreError: MLflow cannot use this place.
+    """
+    uri, artifacts = _resolve(uri)
+    try:
+        client = tracking_client(uri)
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StoreError(
+            f"tracking.uri={uri}: MLflow cannot use it: {reason}; give {SQLITE}FILE or a server"
+        ) from error
+    return Tracking(uri=uri, experiment_id=experiment_id)
+
+
+@functools.cache
+def tracking_client(uri: str) -> MlflowClient:
+    """Return this process's client of a place; telemetry is off unless the environment says otherwise."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow.telemetry.set_telemetry_client()
+    # Thirty lines of schema migrations at every new file tell a user nothing.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _resolve(uri: str) -> tuple[str, str | None]:
+    """Make an sqlite path absolute, since workers run elsewhere; return also where its artifacts go."""
+    if not uri.startswith(SQLITE):
+        return uri, None
+    path = Path(uri.removeprefix(SQLITE)).expanduser().resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"tracking.uri={uri}: cannot make the folder {path.parent}: {error.strerror}") from error
+    return f"{SQLITE}{path}", (path.parent / "mlruns").as_uri()

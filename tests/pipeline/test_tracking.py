@@ -1,0 +1,109 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cvft.errors import StoreError
+from pipeline.tracking.runs import Run, find_run, flatten, open_run
+from pipeline.tracking.server import prepare
+
+# MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+
+CONFIG = {"name": "a", "train": {"loss": {"gamma": 10.0}, "sizes": [1, 2]}, "many": {f"k{i}": i for i in range(230)}}
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory):
+    # Three slashes and an absolute path: the usual slip; it must still mean that file.
+    return prepare(f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/sub/mlflow.db", experiment="town")
+
+
+def client(tracking):
+    return MlflowClient(tracking.uri, tracking.uri)
+
+
+def test_flatten_joins_keys_and_keeps_lists():
+    assert flatten({"a": {"b": {"c": 1}, "d": [1, {"x": 2}]}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": [1, {"x": 2}],
+        "e": None,
+    }
+
+
+def test_preparing_twice_gives_the_same_experiment(tracking):
+    assert prepare(tracking.uri, experiment="town") == tracking
+    assert prepare(tracking.uri, experiment="other").experiment_id != tracking.experiment_id
+
+
+def test_relative_sqlite_paths_become_absolute_and_artifacts_lie_beside(tmp_path, monkeypatch, tracking):
+    (tmp_path / "here").mkdir()
+    shutil.copyfile(tracking.uri.removeprefix("sqlite:///"), tmp_path / "here/mlflow.db")  # spares making a schema
+    monkeypatch.chdir(tmp_path)
+    place = prepare("sqlite:///here/mlflow.db", experiment="relative")
+    assert place.uri == f"sqlite:///{tmp_path}/here/mlflow.db"
+    run = open_run(place, name="a", identity="a", config={"a": 1})
+    assert (tmp_path / f"here/mlruns/{run.run_id}/artifacts/config.json").exists()
+
+
+def test_a_place_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StoreError, match="cannot make the folder") as caught:
+        prepare(f"sqlite:///{tmp_path}/file/mlflow.db", experiment="town")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "text.db").write_text("not a database" * 100)
+    with pytest.raises(StoreError, match="MLflow cannot use it") as caught:
+        prepare(f"sqlite:///{tmp_path}/text.db", experiment="town")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_holds_its_configuration_metrics_dataset_and_files(tracking, tmp_path):
+    run = open_run(tracking, name="first", identity="first", config=CONFIG, commit="abc", tags={"host": "h"})
+    run.log_metrics({"loss": 2.0, "recall_at_1": 0.25}, step=1)
+    run.log_metrics({f"m{i}": i for i in range(1100)}, step=2)
+    run.log_dataset(name="town", digest="d" * 64, source="s3://b/manifest", context="training", profile={"pairs": 5})
+    (tmp_path / "a.png").write_bytes(b"png")
+    run.log_artifacts([tmp_path / "a.png"], artifact_path="report")
+    run.finish()
+
+    stored = client(tracking).get_run(run.run_id)
+    assert stored.info.run_name == "first"
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["train.loss.gamma"] == "10.0"
+    assert len(stored.data.params) == 233
+    assert stored.data.metrics["recall_at_1"] == 0.25
+    assert stored.data.metrics["m1099"] == 1099
+    assert stored.data.tags["mlflow.source.git.commit"] == "abc"
+    (dataset,) = stored.inputs.dataset_inputs
+    assert dataset.dataset.source_type == "s3"
+    assert json.loads(dataset.dataset.profile) == {"pairs": 5, "manifest_digest": "d" * 64}
+    paths = [item.path for item in client(tracking).list_artifacts(run.run_id, "report")]
+    assert paths == ["report/a.png"]
+
+
+def test_a_second_start_of_the_same_training_continues_its_run_and_tells_what_changed(tracking):
+    first = open_run(tracking, name="again", identity="it's", config={"epochs": 5, "seed": 1})
+    first.finish("FAILED")
+    second = open_run(tracking, name="again", identity="it's", config={"epochs": 10, "seed": 1, "new": 2})
+    assert second == first == find_run(tracking, identity="it's")
+    stored = client(tracking).get_run(first.run_id)
+    assert stored.info.status == "RUNNING"
+    assert stored.data.params == {"epochs": "5", "seed": "1", "new": "2"}
+    assert {key: value for key, value in stored.data.tags.items() if key.startswith("changed")} == {
+        "changed.epochs": "5 -> 10"
+    }
+    assert find_run(tracking, identity="another") is None
+
+
+def test_another_process_logs_with_uri_and_run_id_alone(tracking):
+    run = open_run(tracking, name="worker", identity="worker", config={})
+    code = f"""
+from pipeline.tracking.runs import Run
+Run(uri={run.uri!r}, run_id={run.run_id!r}).log_metrics({{"loss": 3}}, step=7)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    (metric,) = Run(uri=run.uri, run_id=run.run_id).client.get_metric_history(run.run_id, "loss")
+    assert (metric.value, metric.step) == (3.0, 7)
