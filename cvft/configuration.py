@@ -50,6 +50,17 @@ def dotted_keys(cls: type[Any], prefix: str = "") -> list[str]:
     return keys
 
 
+def dotted_values(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten the nested plain data of `to_plain` to dotted keys; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            flat.update(dotted_values(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -33,14 +33,14 @@ class DataConfig:
         train_split: Split to train on.
         eval_split: Split to evaluate on after an epoch.
         num_threads: Decoding threads in each worker.
-        cache: Local folder for shards that lie on a remote store.
+        cache: Local folder for shards of a remote store; none is `$XDG_CACHE_HOME/cvft/shards`.
     """
 
     manifest: str
     train_split: str = TRAIN
     eval_split: str = VAL
     num_threads: int = 2
-    cache: str = "~/.cache/cvft"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         require(self.num_threads >= 1, f"num_threads: {self.num_threads} must be at least 1")
@@ -136,10 +136,19 @@ def load(file: str, overrides: Iterable[str] = ()) -> ExperimentConfig:
     Raises:
         ConfigError: The file cannot be read, or a key or value is refused.
     """
-    data = read_yaml(_find(file))
+    return parse(ExperimentConfig, read_overrides(overrides, read_yaml(_find(file))))
+
+
+def read_overrides(overrides: Iterable[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read `dotted.key=value` strings into nested plain data, over what is there.
+
+    Raises:
+        ConfigError: A string is no override, or its value is not YAML.
+    """
+    data = {} if onto is None else onto
     for override in overrides:
         _apply(data, override)
-    return parse(ExperimentConfig, data)
+    return data
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

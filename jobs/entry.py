@@ -42,6 +42,14 @@ class Job:
     run: Callable[[argparse.Namespace], dict[str, Any]]
 
 
+class FailedResultError(CvftError):
+    """A job that ended with a result, but one that says no: the result is printed and the exit code is 2."""
+
+    def __init__(self, message: str, *, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -69,6 +77,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         if user_error is None:
             raise  # a fault of ours: Python prints the traceback and exits with 1
         sys.stderr.write(f"cvft {job.name}: error: {' '.join(str(user_error).split())}\n")
+        if isinstance(user_error, FailedResultError):
+            sys.stdout.write(json.dumps(user_error.result) + "\n")
         return 2
     sys.stdout.write(json.dumps(result) + "\n")
     return 0

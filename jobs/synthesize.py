@@ -1,6 +1,6 @@
 """Write a synthetic town in CVUSA's raw layout.
 
-    python -m jobs.synthesize --out town --pairs 1000
+python -m jobs.synthesize --out town --pairs 1000
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import entry
-from pipeline.synthetic.write import TownConfig, write_town
+from pipeline.synthetic.places import TownConfig
+from pipeline.synthetic.write import write_town
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,11 @@ class Store:
         full = self._full(path)
         return full if self._scheme == "file" else f"{self._scheme}://{full}"
 
+    @property
+    def arrow(self) -> tuple[Any, str]:
+        """The pyarrow file system and the path within it, for libraries that write there themselves."""
+        return self._filesystem, self._root
+
     def local_path(self, path: str) -> Path | None:
         """Return `path` as a file on this machine, or None in an object store."""
         return Path(self._full(path)) if self._scheme == "file" else None
@@ -113,6 +118,12 @@ class Store:
         """Write the whole file, replacing one of that name."""
         with self.open_output(path) as stream:
             stream.write(data)
+
+    def delete(self, path: str) -> None:
+        """Delete the file at `path` if there is one."""
+        with self._translate(path, "delete"):
+            if self._info(path).is_file:
+                self._filesystem.delete_file(self._full(path))
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Write the whole file unless there is one; return whether this call made it (of racing calls, one does)."""

@@ -1,0 +1,39 @@
+"""The Ray that a job runs on: the cluster it was submitted to or that RAY_ADDRESS names, else one on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import ray
+
+from jobs.entry import LOGGER
+
+
+@contextlib.contextmanager
+def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
+    """Be connected to Ray inside the block; a Ray started here ends with it, one that was there stays.
+
+    Args:
+        num_cpus: CPUs that a Ray started here offers at the least, so that a machine with fewer cores does not wait
+            for cores it will never have.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        LOGGER.info("joining the Ray cluster at %s", address)
+        ray.init()
+    else:
+        # Ray 2.60 turns on token authentication unless told; this Ray listens to this machine alone.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        cpus = max(os.cpu_count() or 1, num_cpus)
+        LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
+        ray.init(num_cpus=cpus, include_dashboard=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

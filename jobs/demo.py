@@ -1,0 +1,211 @@
+"""Everything at once on a synthetic town: raw images -> shards -> training -> evaluation -> report -> registered model.
+
+    python -m jobs.demo --out demo
+
+Each stage is finished once: started again, the demo goes on where it stopped, or says that it is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cvft.configuration import to_plain
+from jobs import entry, evaluate
+from jobs.cluster import ray_session
+from jobs.config import ExperimentConfig, load
+from jobs.report import write_report
+from jobs.train import train
+from pipeline.build import build_shards
+from pipeline.evaluation import evaluate_checkpoint
+from pipeline.manifest import Manifest
+from pipeline.synthetic.places import TownConfig
+from pipeline.synthetic.write import write_town
+from pipeline.tracking.registry import register_model
+from pipeline.tracking.runs import Run
+from pipeline.tracking.server import prepare
+
+Result = dict[str, Any]
+
+
+class Stages:
+    """Remembers in a JSON file which stages are done, with what input and what result."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self.num_run = 0
+
+    def run(self, name: str, inputs: Result, work: Callable[[], Result]) -> Result:
+        """Return the stage's result, doing the work only if its inputs changed or files it made are gone.
+
+        Args:
+            name: The stage's name.
+            inputs: Plain data that decides the result.
+            work: Makes the result; what it lists under `files` must exist for the stage to count as done.
+        """
+        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        known = self._done.get(name)
+        if known and known["inputs"] == fingerprint and all(Path(file).exists() for file in known["result"]["files"]):
+            entry.LOGGER.info("%s: up to date", name)
+            return dict(known["result"])
+        entry.LOGGER.info("%s: begins", name)
+        started = time.monotonic()
+        result = work()
+        self.num_run += 1
+        entry.LOGGER.info("%s: done in %.1f s", name, time.monotonic() - started)
+        self._done[name] = {"inputs": fingerprint, "result": result}
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._done, indent=2))
+        temporary.replace(self._file)
+        return result
+
+
+def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
+    """Run what is missing of the demo in the folder `out` and return what there is at the end."""
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(out / "demo.json")
+    raw = stages.run("synthesize", dataclasses.asdict(town), lambda: _synthesize(out, town))
+    with contextlib.ExitStack() as rays:  # sharding and training share one Ray, begun when the first of them needs it
+
+        def on_ray(work: Callable[[], Result]) -> Result:
+            rays.enter_context(ray_session(num_cpus=config.train.workers))
+            return work()
+
+        sharded = stages.run("shard", raw, lambda: on_ray(lambda: _shard(out)))
+        config = _for_this_data(config, sharded, out)
+        trained = stages.run("train", to_plain(config), lambda: on_ray(lambda: _train(config)))
+    measured = stages.run("evaluate and report", trained, lambda: _evaluate_and_report(out, config, trained))
+    registered = stages.run("register", measured, lambda: _register(config, trained, measured))
+    if not stages.num_run:
+        entry.LOGGER.info("everything is up to date; delete %s to begin anew", out)
+    _tell(measured, registered, config)
+    return {
+        **measured["metrics"],
+        "report": measured["report"],
+        "model": registered["model"],
+        "version": registered["version"],
+        "run_id": trained["run_id"],
+        "checkpoint": trained["checkpoint"],
+        "manifest": sharded["manifest"],
+        "digest": sharded["digest"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _for_this_data(config: ExperimentConfig, sharded: Result, out: Path) -> ExperimentConfig:
+    """Point the preset at the demo's shards; another configuration or dataset is another run."""
+    tracking = dataclasses.replace(config.tracking, uri=f"sqlite:///{out / 'mlflow.db'}")
+    data = dataclasses.replace(config.data, manifest=sharded["manifest"])
+    config = dataclasses.replace(config, data=data, tracking=tracking, output=str(out / "runs"))
+    plain = json.dumps([to_plain(config), sharded["digest"]], sort_keys=True)
+    return dataclasses.replace(config, name=f"{config.name}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}")
+
+
+def _synthesize(out: Path, town: TownConfig) -> Result:
+    made = write_town(out / "town", config=town, workers=os.cpu_count() or 1, progress=entry.Progress("rendering"))
+    return {**dataclasses.asdict(made), "root": str(out / "town"), "files": [str(out / "town")]}
+
+
+def _shard(out: Path) -> Result:
+    made = build_shards(out / "town", str(out / "shards"), pairs_per_shard=200, progress=entry.Progress("sharding"))
+    return {"manifest": made.manifest, "digest": made.digest, "files": [made.manifest]}
+
+
+def _train(config: ExperimentConfig) -> Result:
+    result = train(config)
+    return {**result, "files": [result["checkpoint"]]}
+
+
+def _evaluate_and_report(out: Path, config: ExperimentConfig, trained: Result) -> Result:
+    found = evaluate_checkpoint(trained["checkpoint"], config.data.manifest, split=config.data.eval_split)
+    run = _open(config, trained)
+    files = write_report(
+        found, out / "report", title="A town never seen: which aerial image shows this place?", facts=_facts(trained)
+    )
+    run.log_artifacts([files.html, *files.pngs], artifact_path="report")
+    return {
+        "metrics": found.result.metrics(),
+        "one_percent_k": found.result.one_percent_k,
+        "report": str(files.html),
+        "files": [str(files.html)],
+    }
+
+
+def _register(config: ExperimentConfig, trained: Result, measured: Result) -> Result:
+    metrics = measured["metrics"]
+    version = register_model(
+        _open(config, trained),
+        Path(trained["checkpoint"]),
+        name=config.tracking.registered_model,
+        alias=config.tracking.alias,
+        metrics=metrics,
+        description=(
+            f"{config.model.head.kind} head, trained {trained['epoch']} epochs on the synthetic town (manifest "
+            f"{Manifest.load(config.data.manifest).digest[:16]}). On {metrics['num_queries']:,} queries from a part of "
+            f"the town that training never saw: R@1 {metrics['recall_at_1']:.1%}, R@10 {metrics['recall_at_10']:.1%}; "
+            f"a guess has {metrics['chance']:.1%}."
+        ),
+    )
+    return {
+        "model": f"models:/{config.tracking.registered_model}@{config.tracking.alias}",
+        "version": version,
+        "files": [],
+    }
+
+
+def _open(config: ExperimentConfig, trained: Result) -> Run:
+    tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
+    return Run(uri=tracking.uri, run_id=trained["run_id"])
+
+
+def _facts(trained: Result) -> dict[str, object]:
+    return {"MLflow run": trained["run_id"], "pairs per second in training": f"{trained['pairs_per_s']:.1f}"}
+
+
+def _tell(measured: Result, registered: Result, config: ExperimentConfig) -> None:
+    table = evaluate.recall_table(measured["metrics"], measured["one_percent_k"])
+    entry.LOGGER.info(
+        "\n\n%s\n\n  report            %s\n  registered model  %s, version %s\n  all runs          %s\n",
+        table,
+        measured["report"],
+        registered["model"],
+        registered["version"],
+        f"mlflow ui --backend-store-uri {config.tracking.uri}",
+    )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    parser.add_argument("--pairs", type=int, default=800, help="pairs of the town, train and val together")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another town")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the preset: train.num_epochs=2")
+
+
+def _run(arguments: argparse.Namespace) -> Result:
+    town = TownConfig(num_pairs=arguments.pairs, seed=arguments.seed)
+    # The manifest is not there yet; the name is filled in when it is.
+    config = load("town", ["data.manifest=unknown", *arguments.overrides])
+    return demo(arguments.out.absolute(), town=town, config=config)
+
+
+JOB = entry.Job(
+    name="demo",
+    summary="Everything at once on a synthetic town, from raw images to a registered model and a report.",
+    example="cvft demo --out demo",
+    add_arguments=_add_arguments,
+    run=_run,
+)
+
+if __name__ == "__main__":
+    sys.exit(entry.main(JOB))

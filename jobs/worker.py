@@ -1,0 +1,209 @@
+"""What one training process does: the same in this process, under Ray Train, on one node or many.
+
+Every rank runs `train`; rank 0 alone writes checkpoints and metrics. A worker that starts looks for the newest
+checkpoint of the run's folder and goes on from there, so that a restart is nothing special.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvft.checkpoint import CheckpointInfo, restore_training
+from cvft.distributed import current_world, wrap_ddp
+from cvft.engine import EpochReport, StepReport, evaluate, train_epoch
+from cvft.loss import build_loss
+from cvft.model import CrossViewModel, build_model
+from cvft.optim import build_optimizer, build_schedule
+from cvft.preprocess import Preprocess
+from jobs.config import ExperimentConfig
+from jobs.entry import LINE_INTERVAL_S, LOGGER
+from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
+from pipeline.dataset import PairDataset, default_cache
+from pipeline.loader import Loader
+from pipeline.manifest import Manifest
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a training remembers besides tensors; plain JSON within each checkpoint.
+
+    Attributes:
+        epochs: Numbers of each epoch that ended with a checkpoint.
+        best: Name of the checkpoint with the highest R@1, the first of equals.
+        best_recall_at_1: Its R@1.
+    """
+
+    epochs: list[Metrics] = field(default_factory=list)
+    best: str = ""
+    best_recall_at_1: float = -1.0
+
+    def then(self, metrics: Metrics, name: str) -> History:
+        """Return the history with one more epoch."""
+        is_better = metrics["recall_at_1"] > self.best_recall_at_1
+        return History(
+            epochs=[*self.epochs, metrics],
+            best=name if is_better else self.best,
+            best_recall_at_1=max(metrics["recall_at_1"], self.best_recall_at_1),
+        )
+
+
+def checkpoints_of(config: ExperimentConfig) -> CheckpointFolder:
+    """Return the folder of a run's checkpoints."""
+    return CheckpointFolder(f"{config.output.rstrip('/')}/{config.name}/checkpoints")
+
+
+def train(config: ExperimentConfig, *, device: torch.device, on_epoch: Callable[[Metrics], None]) -> None:
+    """Train from the newest checkpoint, or from the start, to the last epoch.
+
+    Args:
+        config: The experiment.
+        device: Where this rank computes.
+        on_epoch: Called on every rank after each checkpoint, with the epoch's numbers.
+
+    Raises:
+        CvftError: The configuration, the data or a checkpoint cannot be used.
+    """
+    training = _Training(config, device)
+    for epoch in range(training.first_epoch, config.train.num_epochs):
+        report = training.run_epoch(epoch)
+        done = epoch + 1
+        if done % config.train.evaluate_every == 0 or done == config.train.num_epochs:
+            on_epoch(training.evaluate_and_save(done, report))
+
+
+class _Training:
+    """The parts of one rank's training, put together from a configuration and restored from the newest checkpoint."""
+
+    def __init__(self, config: ExperimentConfig, device: torch.device) -> None:
+        self._config = config
+        self._world = current_world()
+        manifest = Manifest.load(config.data.manifest)
+        self._manifest_digest = manifest.digest
+        self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache()))
+        eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache())
+        self._num_eval_pairs = len(eval_set)
+        self._eval_loader = self._loader(eval_set)
+        self._preprocess = Preprocess(config.preprocess)
+        self._loss = build_loss(config.train.loss)
+        torch.manual_seed(config.train.seed)  # the initial weights
+        model = build_model(config.model, config.preprocess).to(device)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        self._optimizer = build_optimizer(model, config.train.optimizer)
+        self._num_steps = config.train.num_epochs * self._train_loader.num_steps
+        self._schedule = build_schedule(config.train.optimizer, num_steps=self._num_steps)
+        self._checkpoints = checkpoints_of(config)
+        self.first_epoch, self._history = self._restore(model)
+        self._model = model
+        self._parallel = wrap_ddp(model)
+
+    def run_epoch(self, epoch: int) -> EpochReport:
+        """Train on every batch of an epoch."""
+        return train_epoch(
+            self._parallel,
+            self._train_loader.train_batches(epoch),
+            preprocess=self._preprocess,
+            loss=self._loss,
+            optimizer=self._optimizer,
+            learning_rate=self._schedule,
+            first_step=epoch * self._train_loader.num_steps,
+            seed=self._config.train.seed,
+            on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
+        )
+
+    def evaluate_and_save(self, done: int, report: EpochReport) -> Metrics:
+        """Measure recall after `done` epochs; rank 0 writes the checkpoint."""
+        result = evaluate(
+            self._model, self._eval_loader.eval_batches(), preprocess=self._preprocess, num_pairs=self._num_eval_pairs
+        )
+        metrics = {
+            "epoch": done,
+            "step": done * self._train_loader.num_steps,
+            "loss": report.loss,
+            "pairs_per_s": report.pairs_per_s,
+            **result.metrics(),
+        }
+        self._history = self._history.then(metrics, checkpoint_name(done))
+        if self._world.rank == 0:
+            info = CheckpointInfo(
+                model=self._config.model,
+                preprocess=self._config.preprocess,
+                step=int(metrics["step"]),
+                epoch=done,
+                manifest_digest=self._manifest_digest,
+                metrics=metrics,
+                training=dataclasses.asdict(self._history),
+            )
+            name = self._checkpoints.save(model=self._model, info=info, optimizer=self._optimizer)
+            self._checkpoints.keep({name, self._history.best})
+            _log_epoch(metrics, self._config.train.num_epochs)
+        return metrics
+
+    def _restore(self, model: CrossViewModel) -> tuple[int, History]:
+        names = self._checkpoints.names()
+        if not names:
+            return 0, History()
+        newest = fetch(self._checkpoints.uri(names[-1]), cache=default_cache().parent)
+        info = restore_training(newest, model=model, optimizer=self._optimizer)
+        LOGGER.info("going on from %s", self._checkpoints.uri(names[-1]))
+        return info.epoch, History(**info.training)
+
+    def _cache(self) -> Path | None:
+        cache = self._config.data.cache
+        return Path(cache).expanduser() if cache else None
+
+    def _loader(self, dataset: PairDataset) -> Loader:
+        return Loader(
+            dataset,
+            preprocess=self._config.preprocess,
+            batch_size=self._config.train.batch_size,
+            world_rank=self._world.rank,
+            world_size=self._world.size,
+            seed=self._config.train.seed,
+            num_threads=self._config.data.num_threads,
+        )
+
+
+class _StepLines:
+    """One log line at intervals while steps go by."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._printed = time.monotonic()
+
+    def __call__(self, report: StepReport) -> None:
+        if time.monotonic() - self._printed < LINE_INTERVAL_S:
+            return
+        self._printed = time.monotonic()
+        LOGGER.info(
+            "step %d/%d: loss %.4f, %.1f pairs/s, waited %.0f %% for data",
+            report.step + 1,
+            self._num_steps,
+            report.loss,
+            report.pairs_per_s,
+            100 * report.data_wait_s / (report.data_wait_s + report.step_s),
+        )
+
+
+def _log_epoch(metrics: Metrics, num_epochs: int) -> None:
+    LOGGER.info(
+        "epoch %d/%d: loss %.4f, R@1 %.2f %%, R@5 %.2f %%, R@10 %.2f %%, %.1f pairs/s",
+        metrics["epoch"],
+        num_epochs,
+        metrics["loss"],
+        *(100 * metrics[f"recall_at_{k}"] for k in (1, 5, 10)),
+        metrics["pairs_per_s"],
+    )
+
+
+def read_history(info: CheckpointInfo) -> list[dict[str, Any]]:
+    """Return the numbers of each epoch up to a checkpoint; none for imported weights."""
+    return list(info.training.get("epochs", []))
