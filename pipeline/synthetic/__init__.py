@@ -1,1 +1,1 @@
-"""A seeded procedural town in CVUSA's raw layout: aerial images and panoramas of one 3-D scene, rendered by geometry."""
+"""A seeded procedural town in CVUSA's raw layout: both views of one 3-D scene, rendered by geometry."""

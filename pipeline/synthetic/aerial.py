@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -11,31 +9,29 @@ from numpy.typing import NDArray
 from pipeline.synthetic.canvas import Canvas
 from pipeline.synthetic.geometry import AerialGeometry
 from pipeline.synthetic.light import Day, leaf_colour
-from pipeline.synthetic.scene import Car, Scene, Tree
-from pipeline.synthetic.shading import crop, lit_canvas, sunlight
-from pipeline.synthetic.sprites import NUM_VARIANTS, scaled, tops
+from pipeline.synthetic.scene import Scene, Tree
+from pipeline.synthetic.shading import light_on, lit_canvas
+from pipeline.synthetic.sprites import NUM_VARIANTS, crown
 
 
-def render_aerial(
-    scene: Scene, canvas: Canvas, *, day: Day, cars: Sequence[Car], geometry: AerialGeometry
-) -> NDArray[np.uint8]:
+def render_aerial(scene: Scene, canvas: Canvas, *, day: Day, geometry: AerialGeometry) -> NDArray[np.uint8]:
     """Render the aerial image, RGB uint8 [size_px, size_px, 3].
 
     Args:
         scene: The surroundings.
         canvas: Its raster with this day's cars, at the image's resolution and at least as large.
         day: Light and season.
-        cars: The cars painted on the canvas.
         geometry: Size and extent.
     """
-    lit = sunlight(canvas, day, trees=scene.trees)
-    middle = crop(canvas, size_px=geometry.size_px)
     edge = (canvas.size - geometry.size_px) // 2
-    lit = lit[edge : edge + geometry.size_px, edge : edge + geometry.size_px]
-    image = lit_canvas(middle, day, buildings=scene.buildings, cars=cars, lit=lit)
+    window = np.s_[edge : edge + geometry.size_px, edge : edge + geometry.size_px]
+    light = light_on(canvas, day, trees=scene.trees)[window]
+    parts = canvas.labels[window], canvas.heights[window], canvas.texture[window]
+    image = lit_canvas(Canvas(canvas.center, *parts, canvas.px_per_m), day, buildings=scene.buildings, light=light)
     for tree in sorted(scene.trees, key=lambda tree: tree.height_m):
         _stamp(image, tree, scene=scene, day=day, geometry=geometry)
-    return cv2.GaussianBlur(image, (3, 3), 0.7)
+    soft: NDArray[np.uint8] = cv2.GaussianBlur(image, (3, 3), 0.7)
+    return soft
 
 
 def _stamp(image: NDArray[np.uint8], tree: Tree, *, scene: Scene, day: Day, geometry: AerialGeometry) -> None:
@@ -46,12 +42,8 @@ def _stamp(image: NDArray[np.uint8], tree: Tree, *, scene: Scene, day: Day, geom
     if x0 >= x1 or y0 >= y1:
         return
     variant = int(tree.shade * NUM_VARIANTS) + NUM_VARIANTS * tree.is_conifer
-    sprite = scaled(tops()[variant], width=size, height=size)
-    part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
+    sprite = crown(variant, size=size)[y0 - top : y1 - top, x0 - left : x1 - left]
     colour = leaf_colour(day.season, shade=tree.shade, is_conifer=tree.is_conifer) * np.array(day.gains, np.float32)
-    brightness = sprite.light[part] * np.float32(day.ambient + 0.85 * day.sun)
-    alpha = sprite.alpha[part]
+    leaf = sprite[..., :1] * (colour * np.float32(day.ambient + 0.85 * day.sun))
     window = image[y0:y1, x0:x1]
-    for c in range(3):
-        leaf = np.minimum(brightness * colour[c], np.float32(255))
-        window[..., c] = window[..., c] + (leaf - window[..., c]) * alpha
+    window[...] = np.minimum(window + (leaf - window) * sprite[..., 1:2], 255)

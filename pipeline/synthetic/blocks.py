@@ -8,10 +8,11 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.synthetic import lots
+from pipeline.synthetic.markings import along, length_m
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.scene import Building, CarSlot, Line, Material, Patch, Points, Street, Tree
 from pipeline.synthetic.space import FreeSpace
-from pipeline.synthetic.streets import along, centre_line, length_m, rivers, street, urbanity
+from pipeline.synthetic.streets import centre_line, rivers, street, urbanity
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class Frontage:
     side: float
 
     def spot(self, at_m: float, *, behind_m: float) -> tuple[Points, float]:
-        """Return the place `behind_m` behind the pavement at a distance along the street, and the street's angle there."""
+        """Return the place `behind_m` behind the pavement at a distance along the street, and the street's angle."""
         places, tangents = along(self.road.points, np.array([at_m]))
         tangent = tangents[0]
         normal = np.array([-tangent[1], tangent[0]]) * self.side
@@ -152,6 +153,9 @@ def _drive(random: np.random.Generator, *, made: Block, space: FreeSpace, front:
 def _centre(random: np.random.Generator, *, made: Block, space: FreeSpace, fronts: list[Frontage]) -> None:
     for front in fronts:
         _row_of_houses(random, made=made, space=space, front=front, maker=lots.town_house)
+    angle = fronts[0].spot(40.0, behind_m=0.0)[1] if fronts else 0.0
+    more = int(random.integers(0, 14))
+    lots.add_more_houses(random, buildings=made.buildings, space=space, maker=lots.town_house, count=more, angle=angle)
     lots.add_car_park(random, patches=made.patches, lines=made.lines, slots=made.slots, space=space)
     _street_trees(random, made=made, fronts=fronts, chance=0.5)
     lots.add_trees(random, trees=made.trees, space=space, count=14, conifers=0.05)
@@ -160,6 +164,9 @@ def _centre(random: np.random.Generator, *, made: Block, space: FreeSpace, front
 def _homes(random: np.random.Generator, *, made: Block, space: FreeSpace, fronts: list[Frontage]) -> None:
     for front in fronts:
         _row_of_houses(random, made=made, space=space, front=front, maker=lots.home)
+    angle = fronts[0].spot(40.0, behind_m=0.0)[1] if fronts else 0.0
+    more = int(random.integers(0, 10))
+    lots.add_more_houses(random, buildings=made.buildings, space=space, maker=lots.home, count=more, angle=angle)
     lots.add_garden_things(random, patches=made.patches, buildings=made.buildings, space=space)
     _street_trees(random, made=made, fronts=fronts, chance=random.choice([0.0, 0.25, 0.6]))
     lots.add_trees(random, trees=made.trees, space=space, count=int(random.integers(15, 60)), conifers=0.25)

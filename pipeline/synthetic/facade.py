@@ -19,7 +19,7 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Walls:
-    """Places on walls: `along_m` from the wall's middle, `up_m` above the ground, `facing` the sun (cosine), all [P]."""
+    """Places on walls: `along_m` from the wall's middle, `up_m` above the ground, `facing` the sun (cosine); [P]."""
 
     distance_m: F32
     along_m: F32
@@ -76,7 +76,8 @@ def _hash(*numbers: NDArray[np.int64]) -> F32:
     mixed = np.zeros_like(numbers[0])
     for number in numbers:
         mixed = (mixed * 31 + number) * 2654435761 % 4294967291
-    return (mixed % 1024).astype(np.float32) / np.float32(1024)
+    share: F32 = (mixed % 1024).astype(np.float32) / np.float32(1024)
+    return share
 
 
 def wall_colours(
@@ -108,13 +109,14 @@ def wall_colours(
     number = _hash(index, np.floor(column).astype(np.int64), np.floor(floor).astype(np.int64))
     is_door = has_windows & ~is_shop & (floor < 1) & (number < 0.22) & (dx < 0.2) & (in_floor < 0.78)
     sharp = np.clip(2.2 - 7 * walls.distance_m * px_angle / safe, 0.15, 1)[:, None].astype(np.float32)
-    colour = table["wall"][index] * (1 + 0.05 * grain)[:, None]
-    glass = np.float32([58, 70, 84]) + (number * 70)[:, None] * np.float32([0.9, 1.0, 1.1])
+    colour = table["wall"][index] * (1 + 0.025 * grain)[:, None]
+    glass = np.array([58, 70, 84], np.float32) + number[:, None] * np.array([63, 70, 77], np.float32)
     colour = np.where(is_glass[:, None], colour + (glass - colour) * sharp, colour)
     colour = np.where(is_frame[:, None], colour + (np.float32(232) - colour) * sharp * 0.8, colour)
-    colour = np.where(is_door[:, None], np.float32([84, 60, 48]), colour)
+    colour = np.where(is_door[:, None], np.array([84, 60, 48], np.float32), colour)
     flat_sun = np.float32(day.sun) * np.clip(walls.facing, 0, 1)
     light = np.float32(day.ambient * 0.88) + flat_sun
     light *= 0.72 + 0.28 * np.clip(walls.up_m / 1.6, 0, 1)
     light *= np.where((walls.up_m > eaves - 0.25) & (walls.up_m < eaves), np.float32(0.8), np.float32(1))
-    return (colour * light[:, None]).astype(np.float32)
+    shaded: F32 = (colour * light[:, None]).astype(np.float32)
+    return shaded

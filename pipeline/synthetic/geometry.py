@@ -16,11 +16,11 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class PanoramaGeometry:
-    """A 360-degree equirectangular panorama whose centre column looks north, cut to a band around the horizon as in CVUSA.
+    """A 360-degree equirectangular panorama, north in the middle, cut to a band around the horizon as in CVUSA.
 
     Attributes:
         width_px: Columns of the full circle; east is right of the centre, south is at both edges.
-        height_px: Rows; the horizon is in the middle and a row spans the same angle as a column (+-32.7 degrees in all).
+        height_px: Rows; the horizon is in the middle, a row spans the same angle as a column (+-32.7 degrees in all).
         camera_height_m: The camera's height above the ground.
     """
 

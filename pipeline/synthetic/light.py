@@ -12,8 +12,8 @@ from pipeline.synthetic.scene import Material
 Colour = NDArray[np.float32]  # [3], RGB in 0..255
 
 _BASE: dict[Material, tuple[int, int, int]] = {
-    Material.FIELD_GREEN: (96, 124, 66),
-    Material.FIELD_GOLD: (190, 168, 104),
+    Material.FIELD_GREEN: (92, 112, 68),
+    Material.FIELD_GOLD: (178, 158, 108),
     Material.FIELD_SOIL: (124, 96, 76),
     Material.FIELD_MOWN: (150, 156, 96),
     Material.WATER: (58, 80, 92),
@@ -29,24 +29,23 @@ _BASE: dict[Material, tuple[int, int, int]] = {
     Material.COURT_RED: (164, 86, 70),
     Material.COURT_GREEN: (70, 122, 92),
     Material.ROOF_UNIT: (206, 206, 204),
-    Material.PARAPET: (226, 222, 214),
     Material.KERB: (150, 146, 140),
     Material.SOIL: (116, 92, 74),
 }
 _SEASONS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "spring": {"lawn": (104, 140, 66), "meadow": (126, 140, 78), "leaf": (104, 138, 60), "leaf_other": (140, 154, 86)},
-    "summer": {"lawn": (92, 122, 60), "meadow": (134, 132, 82), "leaf": (62, 96, 46), "leaf_other": (84, 108, 52)},
-    "autumn": {"lawn": (122, 124, 70), "meadow": (154, 134, 88), "leaf": (148, 98, 46), "leaf_other": (168, 70, 40)},
+    "spring": {"lawn": (100, 124, 70), "meadow": (122, 130, 82), "leaf": (96, 122, 60), "leaf_other": (130, 138, 82)},
+    "summer": {"lawn": (88, 108, 62), "meadow": (126, 124, 82), "leaf": (62, 88, 48), "leaf_other": (82, 100, 54)},
+    "autumn": {"lawn": (112, 114, 70), "meadow": (142, 126, 88), "leaf": (134, 96, 52), "leaf_other": (150, 72, 46)},
     "drought": {"lawn": (150, 138, 92), "meadow": (172, 150, 104), "leaf": (90, 102, 58), "leaf_other": (116, 112, 66)},
 }
-# How strongly the plane's texture shows on a material.
-_ROUGHNESS = {
+# How strongly the texture of the ground shows on a material.
+ROUGHNESS = {
     Material.MEADOW: 0.13, Material.LAWN: 0.075, Material.FIELD_GREEN: 0.1, Material.FIELD_GOLD: 0.1,
     Material.FIELD_SOIL: 0.09, Material.FIELD_MOWN: 0.08, Material.WOOD: 0.1, Material.HEDGE: 0.16,
     Material.WATER: 0.035, Material.GRAVEL: 0.07, Material.SAND: 0.05, Material.ASPHALT: 0.04,
     Material.ASPHALT_OLD: 0.06, Material.SOIL: 0.12,
 }  # fmt: skip
-FIELD_STRIPES = (Material.FIELD_GREEN, Material.FIELD_GOLD, Material.FIELD_SOIL, Material.FIELD_MOWN)
+FIELDS = (Material.FIELD_GREEN, Material.FIELD_GOLD, Material.FIELD_SOIL, Material.FIELD_MOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +108,11 @@ def material_colours(season: str) -> NDArray[np.float32]:
     return np.array([table[material] for material in Material], np.float32)
 
 
-def material_roughness() -> NDArray[np.float32]:
-    """Return how strongly texture shows on every material, [num_materials]."""
-    return np.array([_ROUGHNESS.get(material, 0.03) for material in Material], np.float32)
-
-
 def leaf_colour(season: str, *, shade: float, is_conifer: bool) -> Colour:
     """Return a tree's colour; `shade` is the tree's own number, so neighbours differ the same way all year."""
     if is_conifer:
-        return np.array((52, 80, 54), np.float32) * np.float32(0.85 + 0.4 * shade)
+        needles: Colour = np.array((52, 78, 54), np.float32) * np.float32(0.85 + 0.4 * shade)
+        return needles
     own = _SEASONS[season]
     mix = (shade * 7.3) % 1.0
     leaf = np.array(own["leaf"], np.float32) * (1 - mix) + np.array(own["leaf_other"], np.float32) * mix

@@ -11,14 +11,16 @@ from pipeline.synthetic.scene import Building, CarSlot, Line, Material, Patch, P
 from pipeline.synthetic.space import FreeSpace
 
 _GABLE_ROOFS: tuple[Rgb, ...] = (
-    (92, 84, 80), (120, 72, 58), (148, 92, 70), (70, 70, 76), (110, 104, 98), (134, 116, 98), (84, 96, 92), (58, 56, 58),
+    (92, 84, 80), (120, 72, 58), (148, 92, 70), (70, 70, 76), (110, 104, 98), (134, 116, 98), (84, 96, 92),
+    (58, 56, 58),
 )  # fmt: skip
 _FLAT_ROOFS: tuple[Rgb, ...] = (
     (196, 194, 188), (150, 148, 146), (112, 110, 110), (222, 220, 214), (164, 150, 132), (128, 136, 140), (92, 94, 98),
 )  # fmt: skip
 _WALLS: tuple[Rgb, ...] = (
-    (212, 202, 184), (226, 222, 214), (166, 92, 72), (184, 168, 140), (196, 174, 110), (150, 164, 176), (128, 84, 68),
-    (176, 186, 166), (204, 168, 148), (236, 232, 224), (142, 132, 122), (112, 122, 132), (190, 120, 92), (120, 140, 120),
+    (212, 202, 184), (226, 222, 214), (166, 92, 72), (184, 168, 140), (196, 174, 110), (150, 164, 176),
+    (128, 84, 68), (176, 186, 166), (204, 168, 148), (236, 232, 224), (142, 132, 122), (112, 122, 132),
+    (190, 120, 92), (120, 140, 120),
 )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def home(random: np.random.Generator) -> HousePlan:
         window_pitch_m=random.uniform(2.2, 3.4),
         storey_m=2.7,
         setback_m=random.uniform(3.5, 8.5),
-        gap_m=random.uniform(4.5, 9.0),
+        gap_m=random.uniform(3.5, 8.0),
         margin_m=1.2,
         twist=random.choice([0.0, 0.0, random.normal(0, 0.06)]),
         has_drive=bool(random.random() < 0.75),
@@ -98,8 +100,8 @@ def town_house(random: np.random.Generator) -> HousePlan:
         wall=_pick(random, _WALLS),
         window_pitch_m=random.uniform(1.9, 3.8),
         storey_m=3.2,
-        setback_m=random.choice([0.3, 0.6, 3.0]),
-        gap_m=random.choice([0.3, 0.3, 5.0, 12.0]),
+        setback_m=random.choice([0.7, 0.9, 3.0]),
+        gap_m=random.choice([0.6, 0.6, 5.0, 12.0]),
         margin_m=0.0,
         is_shop=bool(random.random() < 0.6),
     )
@@ -144,6 +146,24 @@ def halls(random: np.random.Generator, *, space: FreeSpace, middle: Points, angl
             sizes = (half_length, half_depth, turn, eaves, gable)
             found.append(Building(*center, *sizes, roof, wall, pitch, 4.2, bool(random.random() < 0.5)))
     return found
+
+
+def add_more_houses(
+    random: np.random.Generator,
+    *,
+    buildings: list[Building],
+    space: FreeSpace,
+    maker: HouseMaker,
+    count: int,
+    angle: float,
+) -> None:
+    """Add houses behind the front rows wherever they find room."""
+    for place in space.random_places(random, count=count):
+        plan = maker(random)
+        turn = angle + plan.twist + random.choice([0.0, np.pi / 2])
+        halves = {"half_length": plan.half_length_m, "half_depth": plan.half_depth_m}
+        if space.claim_box((float(place[0]), float(place[1])), **halves, angle=turn, margin_m=1.5):
+            buildings.append(plan.placed(place, angle=turn, side=1.0))
 
 
 def add_car_park(
@@ -217,7 +237,8 @@ def blob(random: np.random.Generator, *, center: Points, radius_m: float) -> Poi
     radius = np.full(32, radius_m)
     for k in (2, 3, 4):
         radius *= 1 + random.uniform(0, 0.4 / k) * np.sin(k * angle + random.uniform(0, 2 * np.pi))
-    return center + np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None] * random.uniform(0.8, 1.25, 2)
+    rim: Points = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
+    return center + rim * random.uniform(0.8, 1.25, 2)
 
 
 def fill_park(
@@ -251,9 +272,11 @@ def fill_park(
         steps = np.linspace(-48, 48, 40)
         swing = random.uniform(2, 8) * np.sin(steps / random.uniform(8, 16))
         path = middle + steps[:, None] * unit + swing[:, None] * np.array([-unit[1], unit[0]])
-        inside = path[space.is_free(path)]
-        if len(inside) > 8:
-            lines.append(Line(inside, Material.SAND if random.random() < 0.6 else Material.PAVEMENT, 2.2))
+        material = Material.SAND if random.random() < 0.6 else Material.PAVEMENT
+        free = space.is_free(path)
+        for run in np.split(np.arange(len(path)), np.flatnonzero(np.diff(free)) + 1):
+            if free[run[0]] and len(run) > 4:
+                lines.append(Line(path[run], material, 2.2))
     add_trees(random, trees=trees, space=space, count=int(random.integers(15, 80)), conifers=random.choice([0.1, 0.6]))
 
 

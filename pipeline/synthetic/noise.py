@@ -24,7 +24,7 @@ def _waves(seed: int, tag: str, wavelength_m: float) -> tuple[NDArray[np.float64
 
 
 def smooth_field(seed: int, tag: str, *, points: NDArray[np.float64], wavelength_m: float) -> NDArray[np.float64]:
-    """Return a smooth random field at points [n, 2]: zero mean, unit variance, features of about the wavelength, [n]."""
+    """Return a smooth random field at points [n, 2]: zero mean, unit variance, about that wavelength, [n]."""
     numbers, phases = _waves(seed, tag, wavelength_m)
     total: NDArray[np.float64] = np.sin(points @ numbers + phases).sum(axis=-1) / np.sqrt(3.0)
     return total
@@ -32,16 +32,10 @@ def smooth_field(seed: int, tag: str, *, points: NDArray[np.float64], wavelength
 
 @lru_cache(maxsize=16)
 def noise_tile(tag: str, *, size: int = 512, roughness: float = 1.0) -> NDArray[np.float32]:
-    """Return tileable noise [size, size] with an amplitude spectrum of 1 / frequency^roughness, zero mean, unit variance."""
+    """Return tileable noise [size, size] of mean 0 and variance 1, amplitudes falling as 1 / frequency^roughness."""
     white = generator(0, tag).standard_normal((size, size))
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     frequency[0, 0] = np.inf
     tile = np.fft.irfft2(np.fft.rfft2(white) * np.maximum(frequency, 2 / size) ** -roughness, s=(size, size))
     scaled: NDArray[np.float32] = ((tile - tile.mean()) / tile.std()).astype(np.float32)
     return scaled
-
-
-@lru_cache(maxsize=16)
-def tiled_noise(tag: str, *, size: int = 512, roughness: float = 1.0, repeats: int = 4) -> NDArray[np.float32]:
-    """Return the noise tile repeated along both axes, so that any window of it is a view."""
-    return np.tile(noise_tile(tag, size=size, roughness=roughness), (repeats, repeats))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.synthetic.geometry import PanoramaGeometry
 
-_NEAREST_M = 1.2
-_NUM_SAMPLES = 320
+_NEAREST_M = 1.6
+_NUM_SAMPLES = 264
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Rays:
         north = self.radii[:, None] * np.cos(self.azimuths)
         column = np.floor(self.size / 2 + east * self.px_per_m).astype(np.int32)
         row = np.floor(self.size / 2 - north * self.px_per_m).astype(np.int32)
-        return row * np.int32(self.size) + column
+        index: NDArray[np.int32] = row * np.int32(self.size) + column
+        return index
 
     @cached_property
     def _row_scale(self) -> float:
@@ -92,17 +93,22 @@ class Rays:
     def cast(self, field: NDArray[np.float32]) -> Hits:
         """Return what every pixel sees of a height field [size, size] in metres.
 
-        A sample of height h at distance r hides everything below its elevation atan((h - camera) / r). Each sample is put
-        at the topmost row that it hides; a pixel sees the nearest of those put at or above it.
+        A sample of height h at distance r hides everything below its elevation atan((h - camera) / r). Each sample is
+        put at the topmost row that it hides; a pixel sees the nearest of those put at or above it.
         """
         height, width = self.geometry.height_px, self.geometry.width_px
-        heights = field.ravel()[self.flat_index]
-        elevation = np.arctan((heights - np.float32(self.geometry.camera_height_m)) * (1 / self.radii)[:, None])
-        row = np.ceil(np.float32(height / 2 - 0.5) - elevation * np.float32(self._row_scale)).astype(np.int32)
-        np.clip(row, 0, height, out=row)
+        heights = field.ravel().take(self.flat_index)
+        row = heights - np.float32(self.geometry.camera_height_m)
+        row *= (1 / self.radii)[:, None]
+        np.arctan(row, out=row)
+        row *= np.float32(-self._row_scale)
+        row += np.float32(height / 2 - 0.5)
+        place = np.ceil(row, out=row).clip(0, height, out=row).astype(np.int32)
+        place *= width
+        place += self._columns
         nearest = np.full((height + 1) * width, -1, np.int16)
         # Far to near: of the samples put at one place the last assigned, the nearest, stays.
-        nearest[(row * np.int32(width) + self._columns).ravel()] = self._samples.ravel()
+        nearest[place.ravel()] = self._samples.ravel()
         sample = np.maximum.accumulate(nearest.reshape(height + 1, width)[:height], axis=0)
         return Hits(sample, heights)
 

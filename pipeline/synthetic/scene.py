@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 Points = NDArray[np.float64]  # [n, 2], east and north
 Rgb = tuple[int, int, int]
 
+CAR_COLOURS: tuple[Rgb, ...] = (
+    (232, 232, 234), (196, 198, 200), (40, 42, 46), (84, 88, 94), (150, 30, 32), (34, 62, 120), (214, 206, 190),
+    (60, 92, 70), (210, 168, 64), (120, 126, 134), (240, 240, 240), (24, 24, 28),
+)  # fmt: skip
+
 
 class Material(IntEnum):
     """What a piece of ground is made of; the colour depends on the season and the light of a view."""
@@ -40,9 +45,8 @@ class Material(IntEnum):
     COURT_RED = 18
     COURT_GREEN = 19
     ROOF_UNIT = 20
-    PARAPET = 21
-    KERB = 22
-    SOIL = 23
+    KERB = 21
+    SOIL = 22
 
 
 class Patch(NamedTuple):
@@ -61,15 +65,24 @@ class Line(NamedTuple):
     width_m: float
 
 
+class CarSlot(NamedTuple):
+    """A place where a car may stand on some day, with the probability that one does."""
+
+    east_m: float
+    north_m: float
+    angle: float
+    chance: float
+
+
 class Street(NamedTuple):
-    """A street between two junctions: its centre line from node to node and its cross-section."""
+    """A street between two junctions: its centre line, its cross-section, its markings and where cars stand on it."""
 
     points: Points
     width_m: float
     pavement_m: float
     surface: Material
-    marking: str  # "none", "dashed", "double", "avenue"
-    has_crossings: bool
+    markings: tuple[Line, ...] = ()
+    slots: tuple[CarSlot, ...] = ()
 
 
 class Building(NamedTuple):
@@ -100,22 +113,13 @@ class Tree(NamedTuple):
     shade: float
 
 
-class CarSlot(NamedTuple):
-    """A place where a car may stand on some day, with the probability that one does."""
-
-    east_m: float
-    north_m: float
-    angle: float
-    chance: float
-
-
 class Car(NamedTuple):
     """A car on one day."""
 
     east_m: float
     north_m: float
     angle: float
-    rgb: Rgb
+    colour: int  # of CAR_COLOURS
     length_m: float = 4.5
     width_m: float = 1.85
     height_m: float = 1.5

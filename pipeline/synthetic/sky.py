@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -15,38 +13,42 @@ from pipeline.synthetic.rays import Rays
 F32 = NDArray[np.float32]
 
 
-@lru_cache(maxsize=2)
-def _cloud_maps(rays: Rays, *, rows: int) -> tuple[F32, F32]:
-    """Return where each sky pixel looks in the cloud tile: a flat layer, foreshortened towards the horizon."""
-    elevation = np.degrees(np.arctan(rays.slopes[:rows]))
-    column = (np.arange(rays.geometry.width_px) / rays.geometry.width_px * 1024).astype(np.float32)
-    row = (2600.0 / (elevation + 9.0)).astype(np.float32)
-    return np.broadcast_to(column, (rows, len(column))).copy(), np.repeat(row[:, None], len(column), axis=1)
-
-
 def haze_colour(day: Day) -> F32:
     """Return the colour of the air at the horizon."""
-    grey = np.clip(day.clouds * 1.3 - 0.4, 0, 1)
-    return (np.float32([206, 220, 234]) * (1 - grey) + np.float32([196, 198, 202]) * grey).astype(np.float32)
+    clear, closed = np.array([206, 220, 234], np.float32), np.array([196, 198, 202], np.float32)
+    return clear + (closed - clear) * np.float32(_greyness(day))
 
 
 def render_sky(rays: Rays, day: Day, random: np.random.Generator, *, rows: int) -> F32:
-    """Return the upper rows of the panorama, float32 [rows, W, 3]."""
-    elevation = np.arctan(rays.slopes[:rows])[:, None]
-    turn = rays.azimuths[None, :] - np.float32(day.sun_azimuth_rad)
-    grey = np.float32(np.clip(day.clouds * 1.3 - 0.4, 0, 1))
-    zenith = np.float32([84, 128, 190]) * (1 - grey) + np.float32([168, 172, 178]) * grey
+    """Return the upper rows of the panorama, float32 [rows, W, 3]; made at half the resolution."""
+    width = rays.geometry.width_px
+    elevation = np.arctan(rays.slopes[:rows:2])[:, None]
+    turn = rays.azimuths[None, ::2] - np.float32(day.sun_azimuth_rad)
+    grey = np.float32(_greyness(day))
+    zenith = np.array([84, 128, 190], np.float32) * (1 - grey) + np.array([168, 172, 178], np.float32) * grey
     mix = np.clip(elevation / 0.57, 0, 1)[..., None] ** 0.6
-    sky = np.broadcast_to(haze_colour(day) * (1 - mix) + zenith * mix, (rows, rays.geometry.width_px, 3))
-    tile = np.roll(noise_tile("clouds", roughness=1.5), tuple(random.integers(0, 512, 2)), axis=(0, 1))
-    columns, lines = _cloud_maps(rays, rows=rows)
-    noise = cv2.remap(tile, columns, lines, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    sky = haze_colour(day) * (1 - mix) + zenith * mix
+    noise = _cloud_noise(elevation, random, columns=turn.shape[1])
     cover = np.clip((noise + np.float32(day.clouds * 2.6 - 1.9)) * 1.4, 0, 1)[..., None]
     cloud = (np.float32(244) - 74 * grey - np.clip(noise, -1, 1.5) * (8 + 16 * grey))[..., None]
-    sky = sky + (cloud - sky) * cover * 0.92
-    near_sun = np.cos(turn) * np.cos(elevation - day.sun_elevation_rad * 0.6)
+    sky = sky + (cloud - sky) * cover * np.float32(0.92)
+    near_sun = np.cos(turn) * np.cos(elevation - np.float32(day.sun_elevation_rad * 0.6))
     glow = np.exp((near_sun - 1) * 9)[..., None] * np.float32(0.75 * day.sun)
-    return (sky + (255 - sky) * glow).astype(np.float32)
+    full: F32 = cv2.resize((sky + (255 - sky) * glow).astype(np.float32), (width, rows))
+    return full
+
+
+def _greyness(day: Day) -> float:
+    return float(np.clip(day.clouds * 1.3 - 0.4, 0, 1))
+
+
+def _cloud_noise(elevation: F32, random: np.random.Generator, *, columns: int) -> F32:
+    """Return a flat layer of clouds, foreshortened towards the horizon, [len(elevation), columns]."""
+    tile = np.roll(noise_tile("clouds", roughness=1.5), tuple(random.integers(0, 512, 2)), axis=(0, 1))
+    column = (np.arange(columns) / columns * 1024).astype(np.float32)[None, :].repeat(len(elevation), axis=0)
+    row = (2600.0 / (np.degrees(elevation) + 9.0)).astype(np.float32).repeat(columns, axis=1)
+    noise: F32 = cv2.remap(tile, column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    return noise
 
 
 def paint_horizon(image: F32, rays: Rays, day: Day, random: np.random.Generator, *, wooded: float) -> None:

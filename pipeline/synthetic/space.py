@@ -21,7 +21,7 @@ class FreeSpace:
         waters: Water lines through it.
     """
 
-    def __init__(self, outline: Points, *, streets: list[Street], waters: list[Line], verge_m: float = 1.0) -> None:
+    def __init__(self, outline: Points, *, streets: list[Street], waters: list[Line], verge_m: float = 0.2) -> None:
         self._origin = outline.min(axis=0) - 2.0
         width, height = np.ceil((outline.max(axis=0) + 2.0 - self._origin) * _PX_PER_M).astype(int)
         self._free: NDArray[np.uint8] = np.zeros((height, width), np.uint8)
@@ -32,7 +32,8 @@ class FreeSpace:
             self._stroke(water.points, water.width_m + 2.0)
 
     def _pixels(self, points: Points) -> NDArray[np.int32]:
-        return np.round((points - self._origin) * (_PX_PER_M * (1 << _SHIFT))).astype(np.int32)
+        pixels: NDArray[np.int32] = np.round((points - self._origin) * (_PX_PER_M * (1 << _SHIFT))).astype(np.int32)
+        return pixels
 
     def _stroke(self, points: Points, width_m: float) -> None:
         thickness = max(1, round(width_m * _PX_PER_M))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
@@ -17,13 +16,8 @@ SIDE_SIZE = 128
 TRUNK_SHARE = 0.22  # of a broadleaf's height is bare trunk
 
 
-@dataclass(frozen=True)
-class Sprite:
-    """A picture of a tree: leaf brightness (1 is the leaf's colour), opacity and share of wood, float32 [n, n]."""
-
-    light: NDArray[np.float32]
-    alpha: NDArray[np.float32]
-    wood: NDArray[np.float32]
+# A picture of a tree, float32 [n, n, 3]: brightness (1 is the leaf's colour), opacity, share of wood.
+Sprite = NDArray[np.float32]
 
 
 def _clumps(random: np.random.Generator, *, centers: NDArray[np.float64], size: int, radius: float) -> Sprite:
@@ -36,7 +30,7 @@ def _clumps(random: np.random.Generator, *, centers: NDArray[np.float64], size: 
         light[inside] = (0.95 - 0.3 * dy - 0.16 * dx)[inside]
         alpha[inside] = 1
     light *= (1 + 0.16 * random.standard_normal((size, size))).astype(np.float32)
-    return Sprite(light, alpha, np.zeros_like(alpha))
+    return np.stack([light, alpha, np.zeros_like(alpha)], axis=2)
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +47,8 @@ def tops() -> list[Sprite]:
         depth = 0.68 + 0.45 * np.sqrt(np.clip(1 - (x**2 + y**2), 0, 1))
         if k >= NUM_VARIANTS:
             depth = 0.6 + 0.7 * (1 - np.hypot(x, y)) + 0.12 * np.cos(9 * np.arctan2(y, x))
-        found.append(Sprite((sprite.light * depth).astype(np.float32), sprite.alpha, sprite.wood))
+        sprite[..., 0] *= depth
+        found.append(sprite)
     return found
 
 
@@ -72,8 +67,8 @@ def _broadleaf(k: int) -> Sprite:
     centers = centers[np.argsort(-centers[:, 1])]
     sprite = _clumps(random, centers=centers, size=SIDE_SIZE, radius=0.2)
     y = np.linspace(-1, 1, SIDE_SIZE)[:, None]
-    light = sprite.light * (1.02 - 0.26 * (y - middle))
-    return _with_trunk(Sprite(light.astype(np.float32), sprite.alpha, sprite.wood), up_to=middle)
+    sprite[..., 0] *= 1.02 - 0.26 * (y - middle)
+    return _with_trunk(sprite, up_to=middle)
 
 
 def _conifer(k: int) -> Sprite:
@@ -87,14 +82,19 @@ def _conifer(k: int) -> Sprite:
 
 def _with_trunk(sprite: Sprite, *, up_to: float) -> Sprite:
     y, x = np.mgrid[0:SIDE_SIZE, 0:SIDE_SIZE] / SIDE_SIZE * 2 - 1
-    trunk = (np.abs(x) < 0.05 + 0.02 * y) & (y > up_to) & (sprite.alpha < 0.5)
-    wood = trunk.astype(np.float32)
-    light = np.where(trunk, 0.8 - 2.5 * x, sprite.light).astype(np.float32)
-    return Sprite(light, np.maximum(sprite.alpha, wood), wood)
+    trunk = (np.abs(x) < 0.05 + 0.02 * y) & (y > up_to) & (sprite[..., 1] < 0.5)
+    bark = np.stack([0.8 - 2.5 * x, np.ones_like(x), np.ones_like(x)], axis=2)
+    return np.where(trunk[..., None], bark, sprite).astype(np.float32)
 
 
 def scaled(sprite: Sprite, *, width: int, height: int) -> Sprite:
     """Return a sprite at another size."""
-    way = cv2.INTER_AREA if width < sprite.alpha.shape[1] else cv2.INTER_LINEAR
-    parts = (cv2.resize(part, (width, height), interpolation=way) for part in (sprite.light, sprite.alpha, sprite.wood))
-    return Sprite(*parts)
+    way = cv2.INTER_AREA if width < sprite.shape[1] else cv2.INTER_LINEAR
+    resized: Sprite = cv2.resize(sprite, (width, height), interpolation=way)
+    return resized
+
+
+@lru_cache(maxsize=512)
+def crown(variant: int, *, size: int) -> Sprite:
+    """Return a crown from above at another size."""
+    return scaled(tops()[variant], width=size, height=size)

@@ -9,19 +9,20 @@ from functools import lru_cache
 
 import numpy as np
 
+from pipeline.synthetic.markings import street_markings, street_slots
 from pipeline.synthetic.noise import generator, smooth_field
-from pipeline.synthetic.scene import CarSlot, Line, Material, Points, Street
+from pipeline.synthetic.scene import Line, Material, Points, Street
 
 SPACING_M = 84.0
 _JITTER_M = 17.0
 _WARP_M = 26.0
 _RIVER_PERIOD_M = 620.0
 _STEPS = {"east": (1, 0), "north": (0, 1), "diagonal": (1, 1)}
-_SECTIONS = (  # share, width_m, marking
+_SECTIONS = (  # cumulated share, width_m, centre line
     (0.16, 13.0, "avenue"),
-    (0.30, 8.8, "double"),
-    (0.34, 7.4, "dashed"),
-    (0.20, 5.6, "none"),
+    (0.46, 8.8, "double"),
+    (0.80, 7.4, "dashed"),
+    (1.00, 5.6, "none"),
 )
 
 
@@ -37,7 +38,7 @@ def node(seed: int, i: int, j: int) -> tuple[float, float]:
 
 @lru_cache(maxsize=16384)
 def centre_line(seed: int, i: int, j: int, *, axis: str) -> Points:
-    """Return the curve [17, 2] from junction (i, j) along an axis: a Catmull-Rom spline through the lattice line's nodes."""
+    """Return the curve [17, 2] from junction (i, j) along an axis: a Catmull-Rom spline through its line's nodes."""
     step_i, step_j = _STEPS[axis]
     before, start, end, after = (np.array(node(seed, i + k * step_i, j + k * step_j)) for k in (-1, 0, 1, 2))
     if axis == "diagonal":
@@ -64,16 +65,15 @@ def street(seed: int, i: int, j: int, *, axis: str) -> Street | None:
         return None  # a street along the water would lie in it; those across are bridges
     line = j if axis == "east" else i
     drawn = generator(seed, f"section {axis}", line).random() if own > 0.2 and axis != "diagonal" else own * 5 % 1.0
-    for share, width, marking in _SECTIONS:
-        if drawn < share:
-            break
-        drawn -= share
+    width, kind = next((width, kind) for most, width, kind in _SECTIONS if drawn < most)
     urban = urbanity(seed, points[8:9])
-    if marking == "none" and urban < -0.2 and surface < 0.5:
-        return Street(points, 4.6, 0.0, Material.GRAVEL, "none", False)
+    pavement = 0.0 if urban < -0.45 else 2.4 if urban > 0.7 else 1.7
     material = Material.ASPHALT if surface < 0.6 else Material.ASPHALT_OLD
-    pavement = 2.4 if urban > 0.7 else 1.7
-    return Street(points, width, pavement if urban > -0.45 else 0.0, material, marking, urban > -0.1 and crossing < 0.6)
+    if kind == "none" and urban < -0.2 and surface < 0.5:
+        width, pavement, material = 4.6, 0.0, Material.GRAVEL
+    has_crossings = bool(urban > -0.1 and crossing < 0.6)
+    paint = street_markings(points, width_m=width, kind=kind, has_edges=pavement == 0.0, has_crossings=has_crossings)
+    return Street(points, width, pavement, material, paint, street_slots(points, width_m=width))
 
 
 def urbanity(seed: int, points: Points) -> float:
@@ -112,37 +112,7 @@ def rivers(seed: int, center: tuple[float, float], *, reach_m: float) -> list[Li
     bands = np.round((center[1] - line[:, 1]) / _RIVER_PERIOD_M)
     found: list[Line] = []
     for band in np.unique(bands):
-        points = line + (0.0, band * _RIVER_PERIOD_M)
+        points = line + np.array([0.0, band * _RIVER_PERIOD_M])
         if np.abs(points[:, 1] - center[1]).min() < reach_m + 20:
             found += [Line(points, Material.SAND, width + 4.0), Line(points, Material.WATER, width)]
     return found
-
-
-def along(points: Points, distance_m: Points) -> tuple[Points, Points]:
-    """Return places [n, 2] and unit tangents [n, 2] at distances along a curve."""
-    steps = np.diff(points, axis=0)
-    lengths = np.hypot(steps[:, 0], steps[:, 1])
-    ends = np.concatenate([[0.0], np.cumsum(lengths)])
-    segment = np.clip(np.searchsorted(ends, distance_m, side="right") - 1, 0, len(lengths) - 1)
-    tangent = steps[segment] / lengths[segment, None]
-    return points[segment] + tangent * (distance_m - ends[segment])[:, None], tangent
-
-
-def length_m(points: Points) -> float:
-    """Return the length of a curve."""
-    return float(np.hypot(*np.diff(points, axis=0).T).sum())
-
-
-def street_slots(road: Street) -> list[CarSlot]:
-    """Return where cars stand at the kerb or drive on a street."""
-    total = length_m(road.points)
-    slots: list[CarSlot] = []
-    lanes = [(road.width_m / 2 - 1.15, 6.2, 0.3 if road.width_m > 8 else 0.12), (road.width_m / 4, 15.0, 0.13)]
-    for offset, pitch, chance in lanes:
-        places, tangents = along(road.points, np.arange(12.0, total - 12.0, pitch))
-        normals = np.stack([-tangents[:, 1], tangents[:, 0]], axis=1)
-        angles = np.arctan2(tangents[:, 1], tangents[:, 0])
-        for side in (-1.0, 1.0):
-            for (east, north), angle in zip(places + side * offset * normals, angles, strict=True):
-                slots.append(CarSlot(float(east), float(north), float(angle), chance))
-    return slots

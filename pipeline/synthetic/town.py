@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.synthetic.blocks import block
-from pipeline.synthetic.scene import Car, Rgb, Scene
-from pipeline.synthetic.streets import SPACING_M, node, rivers, street, street_slots
+from pipeline.synthetic.scene import CAR_COLOURS, Building, Car, CarSlot, Scene, Tree
+from pipeline.synthetic.streets import SPACING_M, node, rivers, street
 
-_CARS: tuple[Rgb, ...] = (
-    (232, 232, 234), (196, 198, 200), (40, 42, 46), (84, 88, 94), (150, 30, 32), (34, 62, 120), (214, 206, 190),
-    (60, 92, 70), (220, 180, 60), (120, 126, 134), (240, 240, 240), (24, 24, 28),
-)  # fmt: skip
+MAX_BUILDINGS = 100  # of a scene; as many as its raster has labels for
 
 
 def nearby_cells(center: tuple[float, float], *, reach_m: float) -> list[tuple[int, int]]:
@@ -36,12 +33,13 @@ def scene_at(seed: int, center: tuple[float, float], *, reach_m: float = 80.0) -
         scene.trees += [tree for tree in made.trees if _is_near(tree, center, reach_m=reach_m)]
         scene.slots += [slot for slot in made.slots if _is_near(slot, center, reach_m=reach_m)]
     _add_streets(seed, scene, reach_m=reach_m)
+    scene.buildings.sort(key=lambda house: np.hypot(house.east_m - center[0], house.north_m - center[1]))
+    del scene.buildings[MAX_BUILDINGS:]
     return scene
 
 
-def _is_near(thing: object, center: tuple[float, float], *, reach_m: float) -> bool:
-    east, north = thing[0] - center[0], thing[1] - center[1]  # type: ignore[index]
-    return bool(abs(east) < reach_m and abs(north) < reach_m)
+def _is_near(thing: Building | Tree | CarSlot, center: tuple[float, float], *, reach_m: float) -> bool:
+    return abs(thing.east_m - center[0]) < reach_m and abs(thing.north_m - center[1]) < reach_m
 
 
 def _add_streets(seed: int, scene: Scene, *, reach_m: float) -> None:
@@ -53,8 +51,7 @@ def _add_streets(seed: int, scene: Scene, *, reach_m: float) -> None:
             offset = road.points - scene.center
             if (offset.min(axis=0) < reach_m + 8).all() and (offset.max(axis=0) > -reach_m - 8).all():
                 scene.streets.append(road)
-                slots = street_slots(road)
-                scene.slots += [slot for slot in slots if _is_near(slot, scene.center, reach_m=reach_m)]
+                scene.slots += [slot for slot in road.slots if _is_near(slot, scene.center, reach_m=reach_m)]
 
 
 def cars_of_a_day(scene: Scene, random: np.random.Generator, *, clear_m: float) -> list[Car]:
@@ -67,6 +64,6 @@ def cars_of_a_day(scene: Scene, random: np.random.Generator, *, clear_m: float) 
             continue
         length, height = (4.4, 1.5) if size < 0.8 else (5.6, 2.1) if size < 0.97 else (7.5, 3.0)
         angle = slot.angle + (np.pi if turn < 0.5 else 0.0)
-        rgb = _CARS[int(colour * len(_CARS))]
-        cars.append(Car(slot.east_m, slot.north_m, angle, rgb, length, 1.85 if length < 7 else 2.3, height))
+        number = int(colour * len(CAR_COLOURS))
+        cars.append(Car(slot.east_m, slot.north_m, angle, number, length, 1.85 if length < 7 else 2.3, height))
     return cars

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -22,21 +22,55 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from cvft.configuration import require
 from cvft.errors import DataError
 from pipeline.schema import TRAIN, VAL
 from pipeline.synthetic.aerial import render_aerial
 from pipeline.synthetic.canvas import paint, with_cars
-from pipeline.synthetic.geometry import LocalPlane
+from pipeline.synthetic.geometry import AerialGeometry, LocalPlane, PanoramaGeometry
 from pipeline.synthetic.light import draw_day
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.panorama import render_panorama
-from pipeline.synthetic.places import REACH_M, Place, TownConfig, plan_places
+from pipeline.synthetic.places import REACH_M, Place, plan_places
 from pipeline.synthetic.town import cars_of_a_day, scene_at
 
-_VERSION = 1  # raise it when the same configuration gives other images
+_VERSION = 2  # raise it when the same configuration gives other images
 _CHUNK = 12
 _AERIAL, _GROUND = "bingmap/19", "streetview/panos"
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TownConfig:
+    """A town and the images taken of it.
+
+    Attributes:
+        num_pairs: Pairs of both splits together; the town grows with it.
+        seed: Another seed is another town.
+        val_fraction: Share of pairs in the val split.
+        aerial: Size and extent of the aerial images.
+        panorama: Size and camera height of the panoramas.
+        jpeg_quality: Quality of both.
+    """
+
+    num_pairs: int
+    seed: int = 0
+    val_fraction: float = 0.25
+    aerial: AerialGeometry = field(default_factory=AerialGeometry)
+    panorama: PanoramaGeometry = field(default_factory=PanoramaGeometry)
+    jpeg_quality: int = 90
+
+    def __post_init__(self) -> None:
+        reach = 2 * REACH_M
+        require(1 <= self.num_pairs <= 9_999_999, f"num_pairs: {self.num_pairs} must lie in [1, 9999999]: 7 digits")
+        require(0 <= self.val_fraction < 1, f"val_fraction: {self.val_fraction} must lie in [0, 1)")
+        require(self.seed >= 0, f"seed: {self.seed} must be 0 or more")
+        require(0 < self.aerial.extent_m <= reach, f"aerial.extent_m: {self.aerial.extent_m} must lie in (0, {reach}]")
+
+    @property
+    def num_val(self) -> int:
+        """Pairs of the val split."""
+        return round(self.num_pairs * self.val_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +106,8 @@ def write_town(
     """
     began = time.monotonic()
     fingerprint = _claim(out, config)
-    places = plan_places(config)
+    num_train, extent_m = config.num_pairs - config.num_val, config.aerial.extent_m
+    places = plan_places(config.seed, num_train=num_train, num_val=config.num_val, extent_m=extent_m)
     todo = [place for place in places if not all(path.exists() for path in _files(out, place))]
     done = len(places) - len(todo)
     if progress:
@@ -96,11 +131,11 @@ def render_pair(config: TownConfig, place: Place) -> tuple[NDArray[np.uint8], ND
     canvas = paint(scene, size_px=size, px_per_m=px_per_m)
     random = generator(config.seed, "aerial day", place.number)
     day, cars = draw_day(random, is_clear=True), cars_of_a_day(scene, random, clear_m=0.0)
-    aerial = render_aerial(scene, with_cars(canvas, cars), day=day, cars=cars, geometry=config.aerial)
+    aerial = render_aerial(scene, with_cars(canvas, cars), day=day, geometry=config.aerial)
     random = generator(config.seed, "ground day", place.number)
     day, cars = draw_day(random, is_clear=False), cars_of_a_day(scene, random, clear_m=5.5)
     view = with_cars(canvas, cars)
-    ground = render_panorama(scene, view, day=day, cars=cars, geometry=config.panorama, random=random)
+    ground = render_panorama(scene, view, day=day, geometry=config.panorama, random=random)
     return ground, aerial
 
 
