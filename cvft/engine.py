@@ -119,7 +119,7 @@ def train_epoch(
     started = time.perf_counter()
     losses: list[float] = []
     num_pairs = 0
-    for step, (batch, data_wait_s) in enumerate(_with_wait(batches), first_step):
+    for step, (batch, wait_s) in enumerate(_with_wait(batches), first_step):
         begun = time.perf_counter()
         _seed_step(seed, step)
         rate = learning_rate(step)
@@ -127,26 +127,21 @@ def train_epoch(
             group["lr"] = rate
         value = _train_step(model, batch.to(device), preprocess=preprocess, loss=loss, optimizer=optimizer, step=step)
         step_s = time.perf_counter() - begun
-        losses.append(value)
         pairs = len(batch.index) * current_world().size
         num_pairs += pairs
+        losses.append(value)
         if on_step is not None:
+            speed = pairs / (wait_s + step_s)
             on_step(
                 StepReport(
-                    step=step,
-                    loss=value,
-                    learning_rate=rate,
-                    pairs_per_s=pairs / (data_wait_s + step_s),
-                    data_wait_s=data_wait_s,
-                    step_s=step_s,
+                    step=step, loss=value, learning_rate=rate, pairs_per_s=speed, data_wait_s=wait_s, step_s=step_s
                 )
             )
     if not losses:
         raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
     seconds = time.perf_counter() - started
-    return EpochReport(
-        loss=sum(losses) / len(losses), num_steps=len(losses), seconds=seconds, pairs_per_s=num_pairs / seconds
-    )
+    loss_mean = sum(losses) / len(losses)
+    return EpochReport(loss=loss_mean, num_steps=len(losses), seconds=seconds, pairs_per_s=num_pairs / seconds)
 
 
 def _with_wait(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -8,7 +8,8 @@ import importlib, pkgutil, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 ABSENT = {
-    "ray", "mlflow", "webdataset", "pyarrow", "boto3", "yaml", "PIL", "cv2", "simplejpeg", "pandas", "matplotlib", "tensorflow",
+    "ray", "mlflow", "webdataset", "pyarrow", "boto3", "yaml", "PIL", "cv2", "simplejpeg", "pandas", "matplotlib",
+    "tensorflow",
 }
 
 class Bare:
