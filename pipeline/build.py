@@ -71,7 +71,7 @@ def build_shards(
     skip_unusable: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardResult:
-    """Shard a raw dataset into a store. Ray must be initialised; `root` must be visible to its workers.
+    """Shard a raw dataset into a store. Ray must be initialised; its workers must see `root` and reach the store.
 
     Args:
         root: Folder of the dataset, or a table of pairs.
@@ -95,19 +95,14 @@ def build_shards(
     plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
     specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=check_images)
     store = Store.from_uri(store_uri)
-    entries = _finished_entries(specs, store, folder=plan[:12])
-    missing = [spec for spec in specs if spec.name not in entries]
-    num_done = sum(entry.info.num_pairs for entry in entries.values())
-    for spec in _write_in_window(missing, store.uri(), window):
-        entries[spec.name] = read_entry(store, spec.sidecar)
-        num_done += len(spec.pairs)
-        if progress is not None:
-            progress(num_done, len(scan.pairs))
-    ordered = [entries[spec.name] for spec in specs]
-    problems = [*scan.problems, *(problem for entry in ordered for problem in entry.problems)]
-    num_pairs = sum(entry.info.num_pairs for entry in ordered)
+    # Written by the driver and before any work, so that a store that cannot be written is told at once.
+    description = {"plan": plan, "layout": scan.layout, "pairs_per_shard": pairs_per_shard, "seed": seed}
+    store.write_bytes(f"{_folder(plan)}/plan.json", json.dumps(description).encode())
+    entries, num_written = _make_shards(specs, store, folder=_folder(plan), window=window, progress=progress)
+    problems = [*scan.problems, *(problem for entry in entries for problem in entry.problems)]
+    num_pairs = sum(entry.info.num_pairs for entry in entries)
     _refuse_unusable(problems, num_usable=num_pairs, skip_unusable=skip_unusable)
-    manifest = assemble_manifest(ordered, problems, layout=scan.layout, plan=plan, store_uri=store.uri())
+    manifest = assemble_manifest(entries, problems, layout=scan.layout, plan=plan, store_uri=store.uri())
     return ShardResult(
         manifest=manifest.publish(),
         digest=manifest.digest,
@@ -115,7 +110,7 @@ def build_shards(
         num_pairs=num_pairs,
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
-        num_written=len(missing),
+        num_written=num_written,
         seconds=time.monotonic() - started,
         problems=count_kinds(problems),
         excluded=manifest.excluded,
@@ -140,7 +135,7 @@ def plan_shards(scan: SourceScan, plan: str, *, pairs_per_shard: int, seed: int,
         mixed = [ordered[row] for row in epoch_permutation(num_pairs, seed=seed, epoch=0)]
         specs.extend(
             ShardSpec(
-                name=f"shards/{plan[:12]}/{split}-{number:05d}.tar",
+                name=f"{_folder(plan)}/{split}-{number:05d}.tar",
                 root=scan.root,
                 pairs=mixed[start : start + pairs_per_shard],
                 usual_size_px=scan.usual_size_px,
@@ -149,6 +144,10 @@ def plan_shards(scan: SourceScan, plan: str, *, pairs_per_shard: int, seed: int,
             for number, start in enumerate(range(0, num_pairs, pairs_per_shard))
         )
     return specs
+
+
+def _folder(plan: str) -> str:
+    return f"shards/{plan[:12]}"
 
 
 def assemble_manifest(
@@ -176,7 +175,7 @@ def _refuse_unusable(problems: Sequence[Problem], *, num_usable: int, skip_unusa
 
 def _finished_entries(specs: Sequence[ShardSpec], store: Store, *, folder: str) -> dict[str, ShardEntry]:
     """Return what an earlier run wrote for these very specs; a shard that lacks pairs is redone, they may be mended."""
-    present = frozenset(store.list(f"shards/{folder}"))
+    present = frozenset(store.list(folder))
     entries = {}
     for spec in specs:
         if {spec.sidecar, spec.name} <= present:
@@ -185,6 +184,27 @@ def _finished_entries(specs: Sequence[ShardSpec], store: Store, *, folder: str) 
             if is_whole and store.size(spec.name) == entry.info.num_bytes:
                 entries[spec.name] = entry
     return entries
+
+
+def _make_shards(
+    specs: Sequence[ShardSpec],
+    store: Store,
+    *,
+    folder: str,
+    window: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[ShardEntry], int]:
+    """Write the shards that are missing; return all entries in the order of `specs`, and how many were written."""
+    entries = _finished_entries(specs, store, folder=folder)
+    missing = [spec for spec in specs if spec.name not in entries]
+    num_pairs = sum(len(spec.pairs) for spec in specs)
+    num_done = num_pairs - sum(len(spec.pairs) for spec in missing)
+    for spec in _write_in_window(missing, store.uri(), window):
+        entries[spec.name] = read_entry(store, spec.sidecar)
+        num_done += len(spec.pairs)
+        if progress is not None:
+            progress(num_done, num_pairs)
+    return [entries[spec.name] for spec in specs], len(missing)
 
 
 def _write_shard_task(spec: ShardSpec, store_uri: str) -> dict[str, Any]:
@@ -198,15 +218,17 @@ def _write_in_window(specs: Sequence[ShardSpec], store_uri: str, window: int | N
     task = ray.remote(max_retries=_MAX_RETRIES, retry_exceptions=[OSError, StoreError])(_write_shard_task)
     waiting = list(reversed(specs))
     running: dict[Any, ShardSpec] = {}
-    while waiting or running:
-        while waiting and len(running) < size:
-            spec = waiting.pop()
-            running[task.remote(spec, store_uri)] = spec
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        try:
+    try:
+        while waiting or running:
+            while waiting and len(running) < size:
+                spec = waiting.pop()
+                running[task.remote(spec, store_uri)] = spec
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            spec = running.pop(done)
             ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, CvftError):
-                raise error.cause from None
-            raise
-        yield running.pop(done)
+            yield spec
+    except ray.exceptions.RayTaskError as error:
+        for other in running:
+            ray.cancel(other)
+        # Ray's own error repeats the worker's traceback; ours is the one line that helps.
+        raise error.cause if isinstance(error.cause, CvftError) else error from None

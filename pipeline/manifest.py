@@ -116,14 +116,22 @@ class Manifest:
             raise ShardError(f"{uri}: is no manifest; name <store>/{_FOLDER}/<digest>.parquet as `shard` printed it")
         data = Store.from_uri(store_uri).read_bytes(f"{_FOLDER}/{name}")
         try:
-            pairs = pq.read_table(io.BytesIO(data))
-            metadata = json.loads(pairs.schema.metadata[_METADATA_KEY])
+            manifest = cls._decode(data, store_uri)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{uri}: the manifest is damaged ({' '.join(str(error).split())}); shard again") from None
+            reason = " ".join(str(error).split())
+            raise ShardError(f"{uri}: the manifest is damaged ({reason}); delete it and shard again") from None
+        if not manifest.digest.startswith(name.removesuffix(".parquet")):
+            found = manifest.digest[:_DIGEST_CHARACTERS]
+            raise ShardError(f"{uri}: renamed or damaged, its content's digest is {found}; delete it and shard again")
+        return manifest
+
+    @classmethod
+    def _decode(cls, data: bytes, store_uri: str) -> Manifest:
+        pairs = pq.read_table(io.BytesIO(data))
+        metadata = json.loads(pairs.schema.metadata[_METADATA_KEY])
         if metadata["schema_version"] != SCHEMA_VERSION:
-            found = metadata["schema_version"]
-            raise ShardError(f"{uri}: has schema version {found}, this program reads {SCHEMA_VERSION}; shard again")
-        manifest = cls(
+            raise ValueError(f"schema version {metadata['schema_version']}, this program reads {SCHEMA_VERSION}")
+        return cls(
             layout=metadata["layout"],
             plan=metadata["plan"],
             pairs=pairs.replace_schema_metadata(None),
@@ -131,9 +139,6 @@ class Manifest:
             excluded=[Problem(**problem) for problem in metadata["excluded"]],
             store_uri=store_uri,
         )
-        if not manifest.digest.startswith(name.removesuffix(".parquet")):
-            raise ShardError(f"{uri}: the content's digest is {manifest.digest[:16]}: renamed or damaged; shard again")
-        return manifest
 
     @property
     def uri(self) -> str:
@@ -150,12 +155,14 @@ class Manifest:
         """Write the manifest into its store, unless this very one is there; return its URI.
 
         Raises:
+            ShardError: There is a damaged file of this name.
             StoreError: The store cannot be written.
         """
         metadata = {_METADATA_KEY: _canonical(self._metadata()).encode()}
         stream = io.BytesIO()
         pq.write_table(self.pairs.replace_schema_metadata(metadata), stream, compression="zstd")
-        Store.from_uri(self.store_uri).create_bytes(self._path, stream.getvalue())
+        if not Store.from_uri(self.store_uri).create_bytes(self._path, stream.getvalue()):
+            Manifest.load(self.uri)
         return self.uri
 
     def split(self, name: str) -> pa.Table:

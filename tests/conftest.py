@@ -1,27 +1,75 @@
-"""Fixtures shared by all tests: one local Ray for the whole session."""
+"""Fixtures shared by all tests: one local Ray and one local S3 server for the whole session.
+
+Ray and boto3 are imported by the fixtures, so that the tests of `cvft` run where only torch is installed.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 
 import pytest
-import ray
+
+_BUCKETS = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def s3_port() -> Iterator[int]:
+    """A free port, named by the usual AWS variables from before Ray starts, because its workers inherit those."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # Ray 2.60 switches token authentication on by itself, and writes a token below the home folder, unless told.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    # Two CPUs whatever the machine has; sockets have short names, so the folder must not be pytest's long one.
+    ray = pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", ResourceWarning)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=_short_folder(tmp_path_factory))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
     yield
     ray.shutdown()
 
 
-def _short_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("r", numbered=True))
+@pytest.fixture(scope="session")
+def _s3_server(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
+        command = [sys.executable, "-m", "moto.server", "-p", str(s3_port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        while not _is_open(s3_port):
+            assert server.poll() is None, "the S3 server did not start"
+            time.sleep(0.1)
+        yield
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def s3_uri(_s3_server: None) -> str:
+    """A new bucket on an S3 server of our own."""
+    bucket = f"bucket-{next(_BUCKETS)}"
+    pytest.importorskip("boto3").client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/data"
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

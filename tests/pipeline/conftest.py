@@ -50,12 +50,14 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def shard_here(root: Path, store_uri: str, *, pairs_per_shard: int = 4, seed: int = 0) -> Manifest:
+def shard_here(
+    root: Path, store_uri: str, *, pairs_per_shard: int = 4, seed: int = 0, check_images: bool = True
+) -> Manifest:
     """Shard without Ray: the same plan, the same shards, the same manifest."""
     scan = open_source(root)
     store = Store.from_uri(store_uri)
     plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
-    specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=True)
+    specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=check_images)
     entries = [write_shard(spec, store) for spec in specs]
     manifest = assemble_manifest(entries, list(scan.problems), layout=scan.layout, plan=plan, store_uri=store.uri())
     manifest.publish()

@@ -1,0 +1,131 @@
+"""The decode profiles against OpenCV, and what they do with damaged and unusual images."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from cvft.errors import DataError
+from pipeline.images import ImageInfo, check_decodes, decode, encode_jpeg, read_info, thumbnail
+
+SIZES = [
+    ((750, 750), (256, 256)),  # CVUSA's aerial
+    ((224, 1232), (112, 616)),  # CVUSA's panorama, exactly twice as large
+    ((225, 1233), (112, 616)),  # odd sides: half is rounded up
+    ((576, 1024), (112, 616)),  # half would be too narrow
+    ((1200, 1200), (256, 256)),  # a quarter is still large enough
+    ((100, 120), (256, 256)),  # smaller than wanted
+]
+
+
+def picture(size_px: tuple[int, int], seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return cv2.resize(coarse, size_px[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def pillow_bytes(pixels: np.ndarray, *, mode: str = "RGB", kind: str = "JPEG", **options: bool) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decoded(data: bytes, size_px: tuple[int, int], profile: str) -> np.ndarray:
+    out = np.full((*size_px, 3), 77, np.uint8)
+    decode(data, out, profile=profile)
+    return out
+
+
+def opencv_area(data: bytes, size_px: tuple[int, int]) -> np.ndarray:
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return cv2.resize(pixels, size_px[::-1], interpolation=cv2.INTER_AREA)[..., ::-1]
+
+
+@pytest.mark.parametrize(("size_px", "target_px"), SIZES)
+@pytest.mark.parametrize("is_progressive", [False, True])
+def test_exact_equals_opencv_bit_for_bit(size_px, target_px, is_progressive):
+    data = pillow_bytes(picture(size_px), quality=90, progressive=is_progressive)
+    np.testing.assert_array_equal(decoded(data, target_px, "exact"), opencv_area(data, target_px))
+
+
+@pytest.mark.parametrize(("size_px", "target_px"), SIZES)
+def test_fast_is_within_a_few_grey_levels_of_exact(size_px, target_px):
+    data = encode_jpeg(picture(size_px), quality=92)
+    difference = np.abs(decoded(data, target_px, "fast").astype(int) - decoded(data, target_px, "exact"))
+    assert difference.mean() < 2.5
+
+
+def test_fast_halves_and_never_takes_three_eighths():
+    data = encode_jpeg(picture((750, 750)))
+    half = simplejpeg.decode_jpeg(data, min_height=375, min_width=375)
+    assert half.shape == (375, 375, 3)
+    expected = cv2.resize(half, (256, 256), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(decoded(data, (256, 256), "fast"), expected)
+
+
+def test_fast_ground_needs_no_resize():
+    data = encode_jpeg(picture((224, 1232)))
+    half = simplejpeg.decode_jpeg(data, min_height=112, min_width=616)
+    np.testing.assert_array_equal(decoded(data, (112, 616), "fast"), half)
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("L", "PNG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG")])
+def test_unusual_kinds_become_rgb(profile, mode, kind):
+    pixels = picture((300, 300))
+    data = pillow_bytes(pixels, mode=mode, kind=kind)
+    with Image.open(io.BytesIO(data)) as image:
+        reference = np.asarray(image.convert("RGB"))
+    expected = cv2.resize(reference, (128, 128), interpolation=cv2.INTER_AREA)
+    difference = np.abs(decoded(data, (128, 128), profile).astype(int) - expected)
+    assert difference.mean() < (3 if profile == "fast" else 0.6)
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_cmyk_keeps_its_colours(profile):
+    pixels = np.full((200, 200, 3), (200, 40, 90), np.uint8)
+    data = pillow_bytes(pixels, mode="CMYK")
+    assert read_info(data).colorspace in {"CMYK", "YCCK"}
+    difference = np.abs(decoded(data, (64, 64), profile).astype(int) - pixels[:64, :64])
+    assert difference.max() <= 6
+
+
+def test_info_reads_content_and_not_names():
+    assert read_info(encode_jpeg(picture((30, 50)))) == ImageInfo(
+        kind="jpg", height_px=30, width_px=50, colorspace="YCbCr"
+    )
+    png = pillow_bytes(picture((30, 50)), kind="PNG")
+    assert read_info(png) == ImageInfo(kind="png", height_px=30, width_px=50, colorspace="RGB")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.99])
+def test_truncated_image_is_refused_everywhere(kind, mode, kept):
+    if (kind, mode) == ("PNG", "CMYK"):
+        pytest.skip("PNG has no CMYK")
+    data = pillow_bytes(picture((300, 300)), mode=mode, kind=kind)
+    data = data[: int(len(data) * kept)]
+    with pytest.raises(DataError):
+        check_decodes(data, read_info(data))
+    for profile in ("exact", "fast"):
+        with pytest.raises(DataError):
+            decoded(data, (64, 64), profile)
+
+
+@pytest.mark.parametrize("shape", [(400, 100), (100, 400), (30, 20)])
+def test_thumbnail_keeps_the_shape_and_never_enlarges(shape):
+    small = thumbnail(encode_jpeg(picture(shape)), max_px=100)
+    assert max(small.shape) == min(100, max(shape))
+    assert small.shape[0] / small.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.03)
+    assert small.dtype == np.uint8
+
+
+def test_encoded_jpeg_comes_back_nearly_the_same():
+    pixels = picture((64, 96))
+    difference = np.abs(decoded(encode_jpeg(pixels, quality=95), (64, 96), "exact").astype(int) - pixels)
+    assert difference.mean() < 3

@@ -1,0 +1,154 @@
+"""Batches hold the right pixels, the same ones for any number of ranks and threads, and stop at damage by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cvft.batch import Batch
+from cvft.config import PreprocessConfig
+from cvft.errors import ConfigError, DataError
+from pipeline import sampler
+from pipeline.dataset import PairDataset
+from pipeline.images import decode
+from pipeline.loader import Loader
+
+PREPROCESS = PreprocessConfig(ground_size_px=(28, 154), aerial_size_px=(64, 64))
+
+
+@pytest.fixture
+def dataset(cvusa, tmp_path, make_shards) -> PairDataset:
+    return PairDataset(make_shards(cvusa, str(tmp_path / "store")), "train")
+
+
+def loader(dataset: PairDataset, **options: int) -> Loader:
+    return Loader(dataset, preprocess=PREPROCESS, **({"batch_size": 4} | options))
+
+
+def copied(batch: Batch) -> Batch:
+    tensors = {name: getattr(batch, name).clone() for name in ("ground", "aerial", "index", "location_m")}
+    return dataclasses.replace(batch, **tensors)
+
+
+def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
+    """Interleave the ranks' parts of one global batch."""
+    names = ("ground", "aerial", "index", "location_m")
+    return {name: torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1) for name in names}
+
+
+def epoch(dataset: PairDataset, *, world_size: int = 1, first_step: int = 0, **options: int) -> list[dict]:
+    ranks = [
+        [
+            copied(batch)
+            for batch in loader(dataset, world_rank=rank, world_size=world_size, seed=5, **options).train_batches(
+                epoch=3, first_step=first_step
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    return [joined(list(parts)) for parts in zip(*ranks, strict=True)]
+
+
+def assert_same(first: list[dict], second: list[dict]) -> None:
+    assert len(first) == len(second)
+    for left, right in zip(first, second, strict=True):
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_pixels_index_and_place_are_those_of_the_pair(profile, dataset):
+    preprocess = dataclasses.replace(PREPROCESS, decode_profile=profile)
+    for batch in Loader(dataset, preprocess=preprocess, batch_size=4).train_batches(epoch=0):
+        assert (batch.ground.dtype, batch.ground.shape) == (torch.uint8, (4, 28, 154, 3))
+        assert batch.aerial.shape == (4, 64, 64, 3)
+        assert batch.num_valid == 4
+        for position, row in enumerate(batch.index.tolist()):
+            for pixels, data in zip((batch.ground, batch.aerial), dataset.read(row), strict=True):
+                expected = np.empty(pixels.shape[1:], np.uint8)
+                decode(data, expected, profile=profile)
+                np.testing.assert_array_equal(pixels[position].numpy(), expected)
+            np.testing.assert_array_equal(batch.location_m[position].numpy(), dataset.location_m[row])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, dataset):
+    assert_same(epoch(dataset), epoch(dataset, world_size=world_size))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_batches_are_the_same_for_any_number_of_threads(num_threads, dataset):
+    assert_same(epoch(dataset), epoch(dataset, num_threads=num_threads))
+
+
+def test_epoch_resumed_on_other_ranks_continues_the_same_sequence(dataset):
+    whole = epoch(dataset, batch_size=2)
+    assert len(whole) == 5
+    assert_same(whole[3:], epoch(dataset, batch_size=2, first_step=3, world_size=2))
+
+
+def test_epoch_is_every_pair_once_but_for_the_named_tail(dataset):
+    batches = epoch(dataset)
+    seen = [row for batch in batches for row in batch["index"].tolist()]
+    tail = sampler.dropped_tail(11, batch_size=4, seed=5, epoch=3).tolist()
+    assert sorted(seen + tail) == list(range(11))
+    assert loader(dataset).num_steps == len(batches) == 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_sees_every_pair_once_and_pads_the_last_batch(world_size, dataset):
+    seen = []
+    for rank in range(world_size):
+        batches = list(map(copied, loader(dataset, world_rank=rank, world_size=world_size).eval_batches()))
+        assert [len(batch.index) for batch in batches] == [4 // world_size] * 3
+        for batch in batches:
+            seen.extend(batch.index[: batch.num_valid].tolist())
+            assert not batch.ground[batch.num_valid :].any()
+            assert not batch.aerial[batch.num_valid :].any()
+    assert sorted(seen) == list(range(11))
+
+
+def test_split_smaller_than_the_batch_is_evaluated_and_not_trained(dataset):
+    (batch,) = loader(dataset, batch_size=16).eval_batches()
+    assert batch.num_valid == 11
+    with pytest.raises(ConfigError, match="exceeds the split's 11 pairs"):
+        loader(dataset, batch_size=16).train_batches(0)
+
+
+def test_batch_that_ranks_cannot_share_is_refused(dataset):
+    with pytest.raises(ConfigError, match="no multiple of 3 ranks"):
+        loader(dataset, world_size=3)
+
+
+def test_batch_in_use_is_not_written_to(dataset):
+    for batch in loader(dataset, batch_size=1, num_threads=3).train_batches(0):
+        before = copied(batch)
+        torch.manual_seed(0)
+        _ = torch.rand(300, 300) @ torch.rand(300, 300)  # time for the threads to run ahead
+        assert torch.equal(batch.ground, before.ground)
+        assert torch.equal(batch.aerial, before.aerial)
+
+
+def test_buffers_are_used_again(dataset):
+    addresses = [batch.ground.data_ptr() for batch in loader(dataset, batch_size=1).train_batches(0)]
+    assert len(addresses) == 11
+    assert len(set(addresses)) == 3
+
+
+def test_epoch_can_be_left_early_and_begun_again(dataset):
+    batches = loader(dataset, batch_size=1).train_batches(0)
+    first = next(batches).index.item()
+    batches.close()
+    assert next(loader(dataset, batch_size=1).train_batches(0)).index.item() == first
+
+
+def test_image_that_cannot_be_decoded_is_named(cvusa, tmp_path, make_shards):
+    # Sharded without the check that would have found it.
+    path = cvusa / "bingmap/19/0000013.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    manifest = make_shards(cvusa, str(tmp_path / "store"), check_images=False)
+    with pytest.raises(DataError, match=r"val-0000\d\.tar, key 0000013: aerial image: Premature end of JPEG file"):
+        list(loader(PairDataset(manifest, "val")).eval_batches())

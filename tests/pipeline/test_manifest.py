@@ -1,0 +1,165 @@
+"""A manifest is named by its content, refuses any other, and puts pairs on a plane in metres."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cvft.errors import DataError, ShardError, StoreError
+from pipeline.manifest import Manifest, pair_table
+from pipeline.sources.base import Problem
+from pipeline.storage import Store
+
+
+def located(places: list[tuple[float | None, float | None]], store_uri: str = "/nowhere") -> Manifest:
+    image = {"offset": 0, "bytes": 1, "xxh3_128": "", "height_px": 1, "width_px": 1}
+    rows = [
+        {"key": str(number), "location_id": str(number), "split": "val", "shard": 0, "heading_deg": None}
+        | {f"{role}_{name}": value for role in ("ground", "aerial") for name, value in image.items()}
+        | {"latitude_deg": latitude, "longitude_deg": longitude}
+        for number, (latitude, longitude) in enumerate(places)
+    ]
+    return Manifest(layout="table", plan="", pairs=pair_table(rows), shards=[], excluded=[], store_uri=store_uri)
+
+
+def haversine_m(first: tuple[float, float], second: tuple[float, float]) -> float:
+    (lat1, lon1), (lat2, lon2) = (tuple(map(math.radians, place)) for place in (first, second))
+    half = math.sin((lat2 - lat1) / 2) ** 2 + math.cos(lat1) * math.cos(lat2) * math.sin((lon2 - lon1) / 2) ** 2
+    return 2 * 6_371_008.8 * math.asin(math.sqrt(half))
+
+
+def test_published_manifest_comes_back_whole(cvusa, tmp_path, make_shards):
+    manifest = make_shards(cvusa, str(tmp_path / "store"))
+    again = Manifest.load(manifest.uri)
+    assert manifest.uri == str(tmp_path / f"store/manifests/{manifest.digest[:16]}.parquet")
+    assert again.pairs.equals(manifest.pairs)
+    assert (again.digest, again.shards, again.layout, again.plan) == (
+        manifest.digest,
+        manifest.shards,
+        "cvusa",
+        manifest.plan,
+    )
+    assert again.splits == {"train": 11, "val": 5}
+    assert again.store_uri == str(tmp_path / "store")
+
+
+def test_digest_is_the_contents_and_neither_the_places_nor_the_files(cvusa, tmp_path, make_shards):
+    first = make_shards(cvusa, str(tmp_path / "one"))
+    second = make_shards(cvusa, str(tmp_path / "two"))
+    assert first.digest == second.digest
+    rewritten = tmp_path / f"two/manifests/{first.digest[:16]}.parquet"
+    pq.write_table(pq.read_table(rewritten), rewritten, compression="none", version="1.0")
+    assert Manifest.load(str(rewritten)).digest == first.digest
+
+
+def test_digest_of_a_known_manifest_is_a_constant():
+    assert (
+        located([(60.0, 24.0), (None, None)]).digest
+        == "1ce52a6fc653ed2eaf7e9ba6b4260ac77b7aef134e2e907f5d3967404865abfa"
+    )
+
+
+def test_digest_changes_with_any_content():
+    place = (60.0, 24.0)
+    digests = {located([place]).digest, located([(60.0, 24.000001)]).digest, located([(None, None)]).digest}
+    problem = Problem(kind="truncated", key="a", path="a.jpg", detail="")
+    excluding = Manifest(
+        layout="table", plan="", pairs=located([place]).pairs, shards=[], excluded=[problem], store_uri="/nowhere"
+    )
+    assert len(digests | {excluding.digest}) == 4
+
+
+def test_excluded_pairs_are_remembered(tmp_path):
+    problem = Problem(kind="truncated", key="a", path="a.jpg", detail="Premature end of JPEG file")
+    manifest = Manifest(
+        layout="table", plan="", pairs=located([(1, 2)]).pairs, shards=[], excluded=[problem], store_uri=str(tmp_path)
+    )
+    assert Manifest.load(manifest.publish()).excluded == (problem,)
+
+
+def test_publishing_twice_is_harmless(tmp_path):
+    manifest = located([(1.0, 2.0)], str(tmp_path))
+    assert manifest.publish() == manifest.publish()
+    assert Store.from_uri(tmp_path).list() == [f"manifests/{manifest.digest[:16]}.parquet"]
+
+
+def test_publishing_over_a_damaged_manifest_tells(tmp_path):
+    manifest = located([(1.0, 2.0)], str(tmp_path))
+    path = tmp_path / f"manifests/{manifest.digest[:16]}.parquet"
+    manifest.publish()
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ShardError, match="delete it and shard again"):
+        manifest.publish()
+
+
+def test_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    path = located([(1.0, 2.0), (3.0, 4.0)], str(tmp_path)).publish()
+    with open(path, "rb") as stream:
+        content = stream.read()
+    num_refused = 0
+    for position in range(0, len(content), 97):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        with open(path, "wb") as stream:
+            stream.write(damaged)
+        try:
+            survivor = Manifest.load(path)
+        except ShardError:
+            num_refused += 1
+        else:  # bits that Parquet does not use, such as its writer's name
+            assert survivor.pairs.equals(located([(1.0, 2.0), (3.0, 4.0)]).pairs)
+    assert num_refused > 0
+
+
+def test_renamed_manifest_is_refused(tmp_path):
+    path = tmp_path / "manifests/0123456789abcdef.parquet"
+    located([(1.0, 2.0)], str(tmp_path)).publish()
+    next(path.parent.iterdir()).rename(path)
+    with pytest.raises(ShardError, match="renamed or damaged"):
+        Manifest.load(str(path))
+
+
+def test_other_names_and_absent_files_are_refused(tmp_path):
+    with pytest.raises(ShardError, match="is no manifest"):
+        Manifest.load(str(tmp_path / "shards.parquet"))
+    with pytest.raises(StoreError, match="no such file"):
+        Manifest.load(str(tmp_path / "manifests/0123456789abcdef.parquet"))
+
+
+def test_unknown_split_lists_the_known_ones(cvusa, tmp_path, make_shards):
+    with pytest.raises(DataError, match="it has train, val"):
+        make_shards(cvusa, str(tmp_path / "store")).split("test")
+
+
+class TestLocation:
+    @pytest.mark.parametrize("centre", [(0.0, 0.0), (45.0, -100.0), (60.2, 24.9), (-35.3, 149.1)])
+    def test_distances_in_a_city_agree_with_haversine(self, centre):
+        generator = np.random.default_rng(0)
+        offsets_deg = generator.uniform(-0.09, 0.09, (40, 2))  # 20 km from south to north
+        places = [(centre[0] + north, centre[1] + east) for north, east in offsets_deg.tolist()]
+        plane_m = located(places).location_m("val")
+        for i in range(40):
+            for j in range(i):
+                expected = haversine_m(places[i], places[j])
+                assert math.dist(plane_m[i], plane_m[j]) == pytest.approx(expected, rel=0.003)
+
+    def test_east_and_north_point_the_right_way(self):
+        east, north = np.diff(located([(60.0, 24.0), (60.001, 24.001)]).location_m("val"), axis=0)[0]
+        assert east == pytest.approx(55.6, abs=0.1)
+        assert north == pytest.approx(111.2, abs=0.1)
+
+    def test_unknown_places_are_nan_and_shift_nobody(self):
+        with_gap = located([(60.0, 24.0), (None, None), (60.1, 24.1)]).location_m("val")
+        assert np.isnan(with_gap[1]).all()
+        np.testing.assert_array_equal(with_gap[[0, 2]], located([(60.0, 24.0), (60.1, 24.1)]).location_m("val"))
+
+    def test_dataset_without_places_is_all_nan(self):
+        assert np.isnan(located([(None, None)] * 3).location_m("val")).all()
+
+    def test_splits_lie_on_one_plane(self, cvusa, tmp_path, make_shards):
+        manifest = make_shards(cvusa, str(tmp_path / "store"))
+        joined = np.concatenate([manifest.location_m(split) for split in ("train", "val")])
+        assert np.abs(joined.mean(axis=0)).max() < 1e-6

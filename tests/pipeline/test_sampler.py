@@ -1,0 +1,90 @@
+"""Epochs are exact, the same for every number of ranks, and fixed for good."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cvft.errors import ConfigError
+from pipeline import sampler
+
+SEEDS = st.integers(min_value=0, max_value=2**63)
+SIZES = st.integers(min_value=1, max_value=300)
+
+
+def test_permutation_is_fixed_for_good():
+    assert sampler.epoch_permutation(10, seed=3, epoch=1).tolist() == [9, 7, 8, 3, 5, 6, 4, 0, 2, 1]
+
+
+@given(num_pairs=SIZES, seed=SEEDS, epoch=st.integers(0, 1000))
+def test_permutation_holds_every_row_once(num_pairs, seed, epoch):
+    permutation = sampler.epoch_permutation(num_pairs, seed=seed, epoch=epoch)
+    assert permutation.dtype == np.int64
+    assert sorted(permutation) == list(range(num_pairs))
+
+
+def test_permutations_differ_by_seed_and_epoch():
+    orders = {tuple(sampler.epoch_permutation(50, seed=s, epoch=e)) for s in range(5) for e in range(5)}
+    assert len(orders) == 25
+
+
+def test_permutation_is_uniform():
+    first = [sampler.epoch_permutation(8, seed=0, epoch=epoch)[0] for epoch in range(4000)]
+    counts = np.bincount(first, minlength=8)
+    chi_squared = ((counts - 500) ** 2 / 500).sum()
+    assert chi_squared < 24.3  # 7 degrees of freedom, one in a thousand
+
+
+@given(num_pairs=SIZES, batch_size=st.integers(1, 40), epoch=st.integers(0, 5))
+def test_epoch_is_every_pair_once_but_for_a_named_tail(num_pairs, batch_size, epoch):
+    batches = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=7, epoch=epoch))
+    tail = sampler.dropped_tail(num_pairs, batch_size=batch_size, seed=7, epoch=epoch)
+    assert len(tail) < batch_size
+    assert all(len(batch) == batch_size for batch in batches)
+    assert sorted(np.concatenate([*batches, tail])) == list(range(num_pairs))
+
+
+def test_tail_differs_from_epoch_to_epoch():
+    tails = {tuple(sampler.dropped_tail(103, batch_size=10, seed=0, epoch=epoch)) for epoch in range(10)}
+    assert len(tails) == 10
+
+
+@given(num_pairs=SIZES, batch_size=st.integers(1, 40), first_step=st.integers(0, 50))
+def test_resumed_epoch_continues_the_same_sequence(num_pairs, batch_size, first_step):
+    whole = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=1, epoch=2))
+    rest = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=1, epoch=2, first_step=first_step))
+    np.testing.assert_array_equal(whole[first_step:], rest)
+
+
+@given(world_size=st.sampled_from([1, 2, 4, 8]), num_valid=st.integers(0, 24))
+def test_rank_parts_interleave_to_the_global_batch_and_its_valid_rows(world_size, num_valid):
+    batch = np.arange(100, 124)
+    joined = np.empty_like(batch)
+    valid = []
+    for rank in range(world_size):
+        part = sampler.rank_rows(batch, world_rank=rank, world_size=world_size)
+        assert len(part) == 24 // world_size
+        joined[rank::world_size] = part
+        valid.extend(part[: sampler.rank_num_valid(num_valid, world_rank=rank, world_size=world_size)])
+    np.testing.assert_array_equal(joined, batch)
+    assert sorted(valid) == batch[:num_valid].tolist()
+
+
+@given(num_pairs=SIZES, batch_size=st.integers(1, 40))
+def test_evaluation_is_every_pair_once_in_order_padded_to_whole_batches(num_pairs, batch_size):
+    batches = list(sampler.eval_batches(num_pairs, batch_size=batch_size))
+    assert all(len(rows) == batch_size for rows, _ in batches)
+    assert np.concatenate([rows[:num_valid] for rows, num_valid in batches]).tolist() == list(range(num_pairs))
+    assert all((rows < num_pairs).all() for rows, _ in batches)
+
+
+def test_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match="batch_size: 10 is no multiple of 4 ranks"):
+        sampler.check_divisible(10, world_size=4)
+
+
+def test_batch_larger_than_the_split_is_refused():
+    with pytest.raises(ConfigError, match="batch_size: 11 exceeds the split's 10 pairs"):
+        sampler.check_fills(10, batch_size=11)

@@ -1,0 +1,112 @@
+"""The one interface over folders and object stores: whole files or none, one winner of a create-only write."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cvft.errors import StoreError
+from pipeline.storage import CHECKSUM_VARIABLES, Store
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.objectstore)])
+def store(request, tmp_path) -> Store:
+    uri = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_uri")
+    return Store.from_uri(uri)
+
+
+def test_written_bytes_come_back(store):
+    store.write_bytes("a/b.bin", b"first")
+    store.write_bytes("a/b.bin", b"second")
+    assert store.read_bytes("a/b.bin") == b"second"
+    assert store.exists("a/b.bin")
+    assert store.size("a/b.bin") == 6
+
+
+def test_stream_comes_back_from_any_position(store):
+    content = bytes(range(256)) * 40_000  # 10 MB: more than one part of a multipart upload
+    with store.open_output("big.bin") as stream:
+        for start in range(0, len(content), 1_000_000):
+            stream.write(content[start : start + 1_000_000])
+    assert store.size("big.bin") == len(content)
+    with store.open_input("big.bin") as stream:
+        stream.seek(9_000_000)
+        assert stream.read(100) == content[9_000_000:9_000_100]
+
+
+def test_listing_is_recursive_sorted_and_relative(store):
+    for path in ("x/2.bin", "x/y/1.bin", "z.bin"):
+        store.write_bytes(path, b"1")
+    assert store.list() == ["x/2.bin", "x/y/1.bin", "z.bin"]
+    assert store.list("x") == ["x/2.bin", "x/y/1.bin"]
+    assert store.list("nothing") == []
+
+
+def test_absent_file_is_told_by_name(store):
+    assert not store.exists("no.bin")
+    assert store.size("no.bin") is None
+    with pytest.raises(StoreError, match=r"store/no\.bin|data/no\.bin"):
+        store.read_bytes("no.bin")
+
+
+def test_block_that_fails_leaves_no_file(store):
+    def fail_half_way() -> None:
+        with store.open_output("half.bin") as stream:
+            stream.write(b"half of it")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    assert store.list() == []
+
+
+def test_create_only_write_refuses_an_existing_name(store):
+    assert store.create_bytes("m.bin", b"first")
+    assert not store.create_bytes("m.bin", b"second")
+    assert store.read_bytes("m.bin") == b"first"
+    assert store.list() == ["m.bin"]
+
+
+def test_racing_creators_have_one_winner(store):
+    contents = [bytes([number]) * 10 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(lambda content: store.create_bytes("m.bin", content), contents))
+    assert sum(wins) == 1
+    assert store.read_bytes("m.bin") == contents[wins.index(True)]
+
+
+def test_file_uri_and_plain_path_are_the_same_store(tmp_path):
+    Store.from_uri(tmp_path).write_bytes("a", b"1")
+    other = Store.from_uri(f"file://{tmp_path}")
+    assert other.read_bytes("a") == b"1"
+    assert other.uri("a") == str(tmp_path / "a")
+    assert other.local_path("a") == tmp_path / "a"
+
+
+@pytest.mark.objectstore
+def test_remote_store_names_its_files_and_sets_the_checksum_variables(s3_uri):
+    store = Store.from_uri(s3_uri)
+    assert store.uri("a/b") == f"{s3_uri}/a/b"
+    assert store.local_path("a/b") is None
+    assert {os.environ[name] for name in CHECKSUM_VARIABLES} == {"when_required"}
+
+
+@pytest.mark.objectstore
+def test_missing_bucket_is_one_clear_line(s3_uri):
+    with pytest.raises(StoreError, match="s3://no-such-bucket-here/x/a: cannot write it") as caught:
+        Store.from_uri("s3://no-such-bucket-here/x").write_bytes("a", b"1")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("uri", "message"), [("gs://b/x", "unknown scheme 'gs'"), ("s3://", "names no bucket")])
+def test_uri_that_names_no_store_is_refused(uri, message):
+    with pytest.raises(StoreError, match=message):
+        Store.from_uri(uri)
+
+
+def test_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot write it"):
+        Store.from_uri(tmp_path / "file").write_bytes("a", b"1")
