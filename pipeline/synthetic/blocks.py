@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.synthetic import lots
+from pipeline.synthetic import land, lots
 from pipeline.synthetic.markings import along, length_m
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.scene import Building, CarSlot, Line, Material, Patch, Points, Street, Tree
@@ -104,11 +104,11 @@ def block(seed: int, i: int, j: int) -> Block:
     elif zone == "retail":
         _retail(random, made=made, space=space, fronts=fronts, middle=middle)
     elif zone == "park":
-        lots.fill_park(random, patches=made.patches, lines=made.lines, trees=made.trees, space=space, middle=middle)
+        land.fill_park(random, patches=made.patches, lines=made.lines, trees=made.trees, space=space, middle=middle)
     elif zone == "farm":
         _farm(random, made=made, space=space, fronts=fronts, outline=outline)
     else:
-        lots.fill_woods(random, patches=made.patches, trees=made.trees, space=space)
+        land.fill_woods(random, patches=made.patches, trees=made.trees, space=space)
     return made
 
 
@@ -158,7 +158,7 @@ def _centre(random: np.random.Generator, *, made: Block, space: FreeSpace, front
     lots.add_more_houses(random, buildings=made.buildings, space=space, maker=lots.town_house, count=more, angle=angle)
     lots.add_car_park(random, patches=made.patches, lines=made.lines, slots=made.slots, space=space)
     _street_trees(random, made=made, fronts=fronts, chance=0.5)
-    lots.add_trees(random, trees=made.trees, space=space, count=14, conifers=0.05)
+    land.add_trees(random, trees=made.trees, space=space, count=14, conifers=0.05)
 
 
 def _homes(random: np.random.Generator, *, made: Block, space: FreeSpace, fronts: list[Frontage]) -> None:
@@ -169,7 +169,7 @@ def _homes(random: np.random.Generator, *, made: Block, space: FreeSpace, fronts
     lots.add_more_houses(random, buildings=made.buildings, space=space, maker=lots.home, count=more, angle=angle)
     lots.add_garden_things(random, patches=made.patches, buildings=made.buildings, space=space)
     _street_trees(random, made=made, fronts=fronts, chance=random.choice([0.0, 0.25, 0.6]))
-    lots.add_trees(random, trees=made.trees, space=space, count=int(random.integers(15, 60)), conifers=0.25)
+    land.add_trees(random, trees=made.trees, space=space, count=int(random.integers(15, 60)), conifers=0.25)
 
 
 def _retail(
@@ -180,17 +180,17 @@ def _retail(
     for _ in range(2):
         lots.add_car_park(random, patches=made.patches, lines=made.lines, slots=made.slots, space=space, angle=angle)
     _street_trees(random, made=made, fronts=fronts, chance=0.2)
-    lots.add_trees(random, trees=made.trees, space=space, count=10, conifers=0.1)
+    land.add_trees(random, trees=made.trees, space=space, count=10, conifers=0.1)
 
 
 def _farm(
     random: np.random.Generator, *, made: Block, space: FreeSpace, fronts: list[Frontage], outline: Points
 ) -> None:
-    made.patches += lots.fields(random, outline=outline)
+    made.patches += land.fields(random, outline=outline)
     for front in fronts[: int(random.integers(0, 2))]:
         _row_of_houses(random, made=made, space=space, front=front, maker=lots.farm_house)
     _street_trees(random, made=made, fronts=fronts[:2], chance=random.choice([0.0, 0.0, 0.5]))
-    lots.add_trees(random, trees=made.trees, space=space, count=int(random.integers(0, 12)), conifers=0.2)
+    land.add_trees(random, trees=made.trees, space=space, count=int(random.integers(0, 12)), conifers=0.2)
 
 
 def _street_trees(random: np.random.Generator, *, made: Block, fronts: list[Frontage], chance: float) -> None:

@@ -13,12 +13,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.synthetic.scene import Building, Car, Line, Material, Points, Scene, Street, rectangle
+from pipeline.synthetic.scene import CAR_COLOURS, Building, Car, Line, Material, Points, Scene, Street, rectangle
 from pipeline.synthetic.texture import raise_crowns, texture_of
 
-FIRST_CAR = 32  # label of a car of colour 0
-CAR_GLASS = 47
-FIRST_BUILDING = 48  # building b has two labels: its roof's left and right slope, or a flat roof and its edge
+FIRST_CAR = 32  # label of the body of a car of colour 0
+FIRST_CABIN = FIRST_CAR + len(CAR_COLOURS)
+CAR_GLASS = FIRST_CABIN + len(CAR_COLOURS)
+FIRST_BUILDING = (
+    CAR_GLASS + 1
+)  # building b has two labels: its roof's left and right slope, or a flat roof and its edge
 _SHIFT = 4
 
 
@@ -99,10 +102,9 @@ def with_cars(canvas: Canvas, cars: Sequence[Car]) -> Canvas:
         return copy
     pixels = copy.pixels(_car_outlines(cars).reshape(-1, 2)).reshape(len(cars), 3, 4, 2)
     for car, (body, glass, roof) in zip(cars, pixels, strict=True):
-        label = FIRST_CAR + car.colour
-        cv2.fillPoly(copy.labels, [body], label, shift=_SHIFT)
+        cv2.fillPoly(copy.labels, [body], FIRST_CAR + car.colour, shift=_SHIFT)
         cv2.fillPoly(copy.labels, [glass], CAR_GLASS, shift=_SHIFT)
-        cv2.fillPoly(copy.labels, [roof], label, shift=_SHIFT)
+        cv2.fillPoly(copy.labels, [roof], FIRST_CABIN + car.colour, shift=_SHIFT)
         cv2.fillPoly(copy.heights, [body], car.height_m * 0.62, shift=_SHIFT)
         cv2.fillPoly(copy.heights, [glass], car.height_m, shift=_SHIFT)
     return copy
@@ -116,8 +118,8 @@ def _car_outlines(cars: Sequence[Car]) -> NDArray[np.float64]:
     length = np.array([car.length_m for car in cars])[:, None, None, None]
     width = np.array([car.width_m for car in cars])[:, None, None, None]
     place = np.array([(car.east_m, car.north_m) for car in cars])[:, None, None, :]
-    ends = np.array([(-0.5, 0.5, 0.5, -0.5), (-0.35, 0.25, 0.25, -0.35), (-0.24, 0.14, 0.14, -0.24)])[..., None]
-    sides = np.array([0.5, 0.425, 0.4])[:, None, None] * np.array([-1, -1, 1, 1])[None, :, None]
+    ends = np.array([(-0.5, 0.5, 0.5, -0.5), (-0.35, 0.25, 0.25, -0.35), (-0.28, 0.14, 0.14, -0.28)])[..., None]
+    sides = np.array([0.5, 0.43, 0.44])[:, None, None] * np.array([-1, -1, 1, 1])[None, :, None]
     outlines: NDArray[np.float64] = place + unit * length * ends + across * width * sides
     return outlines
 

@@ -93,30 +93,33 @@ def wall_colours(
         px_angle: Radians of one pixel: windows smaller than it fade into their average.
         grain: Texture noise, [P].
     """
-    pitch, storey, eaves = table["window_pitch_m"][index], table["storey_m"][index], table["eaves_m"][index]
-    has_windows = (pitch > 0) & (walls.up_m < eaves - 0.3) & (np.abs(walls.along_m) < walls.half_m - 0.5)
+    eaves = table["eaves_m"][index]
+    colour = _with_windows(table, walls, index=index, px_angle=px_angle, grain=grain)
+    light = np.float32(day.ambient * 0.88) + np.float32(day.sun) * np.clip(walls.facing, 0, 1)
+    light *= 0.72 + 0.28 * np.clip(walls.up_m / 1.6, 0, 1)
+    light *= np.where((walls.up_m > eaves - 0.25) & (walls.up_m < eaves), np.float32(0.8), np.float32(1))
+    shaded: F32 = (colour * light[:, None]).astype(np.float32)
+    return shaded
+
+
+def _with_windows(table: dict[str, F32], walls: Walls, *, index: NDArray[np.int64], px_angle: float, grain: F32) -> F32:
+    pitch = table["window_pitch_m"][index]
+    has_windows = (pitch > 0) & (walls.up_m < table["eaves_m"][index] - 0.3)
+    has_windows &= np.abs(walls.along_m) < walls.half_m - 0.5
     safe = np.where(pitch > 0, pitch, 1)
-    column = (walls.along_m + walls.half_m) / safe
-    floor = walls.up_m / storey
+    column, floor = (walls.along_m + walls.half_m) / safe, walls.up_m / table["storey_m"][index]
     in_column, in_floor = column - np.floor(column), floor - np.floor(floor)
     is_shop = (table["is_shop"][index] > 0) & (floor < 1)
     width = np.where(is_shop, np.float32(0.42), np.float32(0.2) + 0.1 * _hash(index))
     tall = np.where(is_shop, np.float32(0.4), np.float32(0.26))
     dx, dy = np.abs(in_column - 0.5), np.abs(in_floor - np.where(is_shop, 0.42, 0.54))
     is_glass = has_windows & (dx < width) & (dy < tall)
-    frame = 0.09 / safe
-    is_frame = has_windows & ~is_glass & (dx < width + frame) & (dy < tall + 0.04)
+    is_frame = has_windows & ~is_glass & (dx < width + 0.09 / safe) & (dy < tall + 0.04)
     number = _hash(index, np.floor(column).astype(np.int64), np.floor(floor).astype(np.int64))
     is_door = has_windows & ~is_shop & (floor < 1) & (number < 0.22) & (dx < 0.2) & (in_floor < 0.78)
     sharp = np.clip(2.2 - 7 * walls.distance_m * px_angle / safe, 0.15, 1)[:, None].astype(np.float32)
     colour = table["wall"][index] * (1 + 0.025 * grain)[:, None]
     glass = np.array([58, 70, 84], np.float32) + number[:, None] * np.array([63, 70, 77], np.float32)
-    colour = np.where(is_glass[:, None], colour + (glass - colour) * sharp, colour)
-    colour = np.where(is_frame[:, None], colour + (np.float32(232) - colour) * sharp * 0.8, colour)
-    colour = np.where(is_door[:, None], np.array([84, 60, 48], np.float32), colour)
-    flat_sun = np.float32(day.sun) * np.clip(walls.facing, 0, 1)
-    light = np.float32(day.ambient * 0.88) + flat_sun
-    light *= 0.72 + 0.28 * np.clip(walls.up_m / 1.6, 0, 1)
-    light *= np.where((walls.up_m > eaves - 0.25) & (walls.up_m < eaves), np.float32(0.8), np.float32(1))
-    shaded: F32 = (colour * light[:, None]).astype(np.float32)
-    return shaded
+    colour += np.where(is_glass[:, None], (glass - colour) * sharp, 0)
+    colour += np.where(is_frame[:, None], (np.float32(232) - colour) * sharp * np.float32(0.8), 0)
+    return np.where(is_door[:, None], np.array([84, 60, 48], np.float32), colour)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.synthetic.canvas import CAR_GLASS, FIRST_BUILDING, FIRST_CAR, Canvas
+from pipeline.synthetic.canvas import CAR_GLASS, FIRST_BUILDING, FIRST_CABIN, FIRST_CAR, Canvas
 from pipeline.synthetic.facade import building_table, wall_colours, wall_places
 from pipeline.synthetic.geometry import PanoramaGeometry
 from pipeline.synthetic.light import Day, leaf_colour
@@ -97,36 +97,50 @@ def _paint_solids(
     nearer = np.minimum(sample + 1, len(rays.radii) - 1)
     is_side = top - hits.heights[nearer, column] > _WALL_STEP_M
     distance = rays.radii[sample]
-    slope, azimuth = rays.slopes[row], rays.azimuths[column]
-    up = np.maximum(rays.geometry.camera_height_m + distance * slope, 0)
+    up = np.maximum(rays.geometry.camera_height_m + distance * rays.slopes[row], 0)
     colour = ground.reshape(-1, 3)[place].astype(np.float32)
     grain = noise_tile("leaves", roughness=0.35)[(up * 24).astype(int) % 512, (column * 2) % 512]
-    gains = np.array(day.gains, np.float32)
     house = is_side & (label >= FIRST_BUILDING)
     if house.any():
-        table = building_table(scene.buildings, center=scene.center)
-        index = (label[house] - FIRST_BUILDING) // 2
-        camera_m = rays.geometry.camera_height_m
-        walls = wall_places(table, index=index, azimuth=azimuth[house], slope=slope[house], camera_m=camera_m, day=day)
-        px_angle = float(np.radians(rays.geometry.degrees_per_px))
-        seen = wall_colours(table, walls, index=index, day=day, px_angle=px_angle, grain=grain[house])
-        colour[house] = seen * gains
-        distance[house] = walls.distance_m
+        colour[house], distance[house] = _walls(
+            scene, rays, day=day, label=label[house], row=row[house], column=column[house], grain=grain[house]
+        )
     car = is_side & (label >= FIRST_CAR) & (label <= CAR_GLASS)
-    colour[car] = _car_sides(label[car], up=up[car], top=top[car], day=day) * gains
+    colour[car] = _car_sides(label[car], up=up[car], top=top[car], day=day)
     green = (label == Material.WOOD) | (label == Material.HEDGE)
     colour[green] = _foliage(colour[green], up=up[green], top=top[green], grain=grain[green], is_side=is_side[green])
     frame.image[row, column] = _hazed(colour, distance[:, None], day=day)
     frame.depth[row, column] = distance
 
 
+def _walls(
+    scene: Scene,
+    rays: Rays,
+    *,
+    day: Day,
+    label: NDArray[np.int64],
+    row: NDArray[np.int64],
+    column: NDArray[np.int64],
+    grain: F32,
+) -> tuple[F32, F32]:
+    """Return colours [P, 3] and distances [P] of pixels that see walls."""
+    table = building_table(scene.buildings, center=scene.center)
+    index = (label - FIRST_BUILDING) // 2
+    slope, azimuth = rays.slopes[row], rays.azimuths[column]
+    camera_m = rays.geometry.camera_height_m
+    walls = wall_places(table, index=index, azimuth=azimuth, slope=slope, camera_m=camera_m, day=day)
+    px_angle = float(np.radians(rays.geometry.degrees_per_px))
+    colour = wall_colours(table, walls, index=index, day=day, px_angle=px_angle, grain=grain)
+    return colour * np.array(day.gains, np.float32), walls.distance_m
+
+
 def _car_sides(label: NDArray[np.int64], *, up: F32, top: F32, day: Day) -> F32:
-    colours = np.array([*CAR_COLOURS, *[(46, 52, 60)] * (CAR_GLASS - FIRST_CAR + 1 - len(CAR_COLOURS))], np.float32)
+    """Return the colours of the sides of cars: dark below, windows around the cabin, [P, 3]."""
+    colours = np.array([*CAR_COLOURS, *CAR_COLOURS, (46, 52, 60)], np.float32)
     colour: F32 = colours[label - FIRST_CAR]
-    colour[(label != CAR_GLASS) & (up > 1.15)] = colours[-1]
-    colour[up < 0.33] = 26
-    colour *= (np.float32(0.9) + 0.1 * np.minimum(up / top, 1))[:, None] * np.float32(day.ambient + 0.45 * day.sun)
-    return colour
+    colour[(label >= FIRST_CABIN) & (up > 0.64 * top) & (up < 0.93 * top)] = colours[-1]
+    colour[up < 0.28] = 26
+    return colour * np.array(day.gains, np.float32) * np.float32(day.ambient + 0.45 * day.sun)
 
 
 def _foliage(colour: F32, *, up: F32, top: F32, grain: F32, is_side: NDArray[np.bool_]) -> F32:

@@ -46,7 +46,7 @@ def _albedo_table(day: Day, *, buildings: Sequence[Building]) -> NDArray[np.uint
     """Return the albedo of every label, uint8 [256, 3]; roofs already carry their slope's share of the sun."""
     albedo = np.zeros((256, 3), np.float32)
     albedo[: len(Material)] = material_colours(day.season)
-    albedo[FIRST_CAR : FIRST_CAR + len(CAR_COLOURS)] = CAR_COLOURS
+    albedo[FIRST_CAR:CAR_GLASS] = CAR_COLOURS * 2
     albedo[CAR_GLASS] = (44, 50, 58)
     sun = np.array(day.sun_direction)
     for index, house in enumerate(buildings):

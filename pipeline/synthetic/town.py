@@ -8,7 +8,7 @@ from pipeline.synthetic.blocks import block
 from pipeline.synthetic.scene import CAR_COLOURS, Building, Car, CarSlot, Scene, Tree
 from pipeline.synthetic.streets import SPACING_M, node, rivers, street
 
-MAX_BUILDINGS = 100  # of a scene; as many as its raster has labels for
+MAX_BUILDINGS = 99  # of a scene; as many as its raster has labels for
 
 
 def nearby_cells(center: tuple[float, float], *, reach_m: float) -> list[tuple[int, int]]:
