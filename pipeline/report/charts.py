@@ -39,13 +39,21 @@ def location_figure(locations_deg: Mapping[str, FloatArray], *, theme: Theme = L
     unit, divisor = ("km", 1000.0) if extent_m > 5000 else ("m", 1.0)
     figure = new_figure(width_px=620, height_px=460, background=theme.background)
     axes = figure.add_subplot()
+    size = float(np.clip(9000 / len(everything), 2, 28))
     for colour, (split, rows) in zip(theme.series, known.items(), strict=False):
         north, east = ((rows - centre) * scale_m / divisor).T
-        size = float(np.clip(9000 / len(everything), 2, 28))
         axes.scatter(east, north, s=size, color=colour, alpha=0.8, linewidths=0, label=f"{split} ({len(rows):,})")
     style_axes(axes, theme=theme, title="Where the pairs are", x_label=f"east ({unit})", y_label=f"north ({unit})")
     axes.set_aspect("equal", adjustable="datalim")
-    style_legend(axes, theme=theme)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=4,
+        fontsize=9,
+        labelcolor=theme.ink,
+        frameon=False,
+        markerscale=6 / size**0.5,
+    )
     figure.tight_layout()
     return figure
 
@@ -64,7 +72,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], *, theme: Theme = LIGH
     loss_axes.set_ylim(bottom=0)
     for colour, (key, label) in zip(theme.series, RECALLS.items(), strict=True):
         _plot_epochs(recall_axes, history, key=key, colour=colour, label=label)
-    style_axes(recall_axes, theme=theme, title="Recall on places never trained on", x_label="epoch")
+    style_axes(recall_axes, theme=theme, title="Recall on the evaluation split", x_label="epoch")
     recall_axes.set_ylim(0, 1.02)
     recall_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if recall_axes.lines:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import mlflow.pyfunc
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import cvft
 from cvft.checkpoint import INFO_FILE, MODEL_FILE, CheckpointInfo, load_model, read_info
 from pipeline.tracking.runs import Run
+
+with warnings.catch_warnings():
+    # MLflow 3.17 warns, while it is imported, of a type hint in its own code.
+    warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
+    import mlflow.pyfunc
 
 CHECKPOINT_TAG = "checkpoint_sha256"
 SERVING = Path(__file__).with_name("serving.py")
@@ -126,15 +133,18 @@ def _save(model: Model, checkpoint: Path, *, info: CheckpointInfo, folder: Path)
     network, _ = load_model(slim)  # also holds the tensors against their hash
     # Requirements are named: finding them out by a trial load costs seven seconds.
     versions = {package: importlib.metadata.version(package).partition("+")[0] for package in PACKAGES}
-    mlflow.pyfunc.save_model(
-        str(folder / "model"),
-        mlflow_model=model,
-        python_model=str(SERVING),
-        artifacts={"checkpoint": str(slim)},
-        signature=model_signature(info, network.descriptor_dim),
-        code_paths=[str(Path(cvft.__file__).parent)],
-        pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
-    )
+    with warnings.catch_warnings():
+        # An example as JSON would be some megabytes; the signature says what to give.
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")
+        mlflow.pyfunc.save_model(
+            str(folder / "model"),
+            mlflow_model=model,
+            python_model=str(SERVING),
+            artifacts={"checkpoint": str(slim)},
+            signature=model_signature(info, network.descriptor_dim),
+            code_paths=[str(Path(cvft.__file__).parent)],
+            pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
+        )
 
 
 def _create_version(run: Run, logged: LoggedModel, *, name: str, description: str, tags: Mapping[str, str]) -> int:
@@ -143,11 +153,15 @@ def _create_version(run: Run, logged: LoggedModel, *, name: str, description: st
         client.create_registered_model(name)
     version = client.create_model_version(
         name,
-        source=logged.artifact_location,
+        source=logged.artifact_location,  # `models:/<id>` would be looked up at MLflow's global place, not at ours
         run_id=run.run_id,
         tags=dict(tags),
         description=description,
         model_id=logged.model_id,
+    )
+    # The link back, which MLflow's user interface shows.
+    client.set_logged_model_tags(
+        logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version.version}])}
     )
     return int(version.version)
 

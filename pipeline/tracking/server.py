@@ -55,7 +55,7 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).partition("\n")[0]
         raise StoreError(
             f"tracking.uri={uri}: MLflow cannot use it: {reason}; give {SQLITE}FILE or a server"
         ) from error
@@ -64,8 +64,9 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
 
 @functools.cache
 def tracking_client(uri: str) -> MlflowClient:
-    """Return this process's client of a place; telemetry is off unless the environment says otherwise."""
+    """Return this process's client of a place; telemetry and bars are off unless the environment says otherwise."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.telemetry.set_telemetry_client()
     # Thirty lines of schema migrations at every new file tell a user nothing.
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -111,7 +111,9 @@ def test_version_tells_where_it_comes_from_and_holds_no_pickle_and_no_optimizer(
     assert version.description == "Small."
     assert version.tags["manifest_digest"] == "feed"
     assert version.tags["commit"] == "abc"
-    logged = run.client.get_logged_model(version.model_id)
+    (logged,) = run.client.search_logged_models([run.client.get_run(run.run_id).info.experiment_id])
+    assert version.source == logged.artifact_location
+    assert logged.tags["mlflow.modelVersions"] == '[{"name": "cvft", "version": 1}]'
     assert {metric.key: metric.value for metric in logged.metrics} == {"recall_at_1": 0.5}
     root = logged.artifact_location.removeprefix("file://")
     names = [os.path.join(base, name) for base, _, files in os.walk(root) for name in files]
@@ -120,15 +122,15 @@ def test_version_tells_where_it_comes_from_and_holds_no_pickle_and_no_optimizer(
     assert {name for name in files if "checkpoint/" in name} == {
         f"artifacts/checkpoint/{name}" for name in ("model.safetensors", "checkpoint.json")
     }
-    assert {name.rpartition(".")[2] for name in files} <= {"MLmodel", "py", "safetensors", "json", "txt", "yaml"}
+    kinds = {"MLmodel", "registered_model_meta", "py", "safetensors", "json", "txt", "yaml"}
+    assert {name.rpartition(".")[2].rpartition("/")[2] for name in files} <= kinds
     pickle_magic = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
     assert not [name for name in names if Path(name).read_bytes().startswith(pickle_magic)]
 
 
 def test_it_loads_where_this_project_is_not_installed(town, tmp_path):
     _, run, model = town
-    version = run.client.get_model_version("cvft", "1")
-    location = run.client.get_logged_model(version.model_id).artifact_location
+    location = run.client.get_model_version("cvft", "1").source
     pixels = images(1, 1)
     np.savez(tmp_path / "in.npz", **pixels)
     code = f"""
