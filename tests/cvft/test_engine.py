@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -199,14 +200,15 @@ def test_evaluating_a_diverged_model_names_the_rows():
 
 TORCHRUN_SCRIPT = """
 import json, pathlib, sys
+
 import torch
+
 from cvft.config import LossConfig
 from cvft.distributed import torchrun_world, wrap_ddp
 from cvft.engine import evaluate, train_epoch
 from cvft.loss import build_loss
 from tests.cvft.tiny import TinyModel, eval_batches, preprocess, train_batches
 
-torch.set_num_threads(1)
 with torchrun_world() as world:
     model = TinyModel()
     report = train_epoch(
@@ -220,21 +222,19 @@ with torchrun_world() as world:
 """
 
 
-def test_the_loops_run_under_torchrun_as_in_one_process(tmp_path):
+def test_the_loops_run_under_torchrun_as_in_one_process(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(TORCHRUN_SCRIPT)
-    results = []
-    for size in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, str(script), str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        results.append([json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)])
-    (alone,), (first, second) = results
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script))
+    alone = json.loads((tmp_path / "0.json").read_text())
     assert first == second
-    assert first["size"] == 2
+    assert (alone["size"], first["size"]) == (1, 2)
     assert first["ranks"] == alone["ranks"]
     assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6)
