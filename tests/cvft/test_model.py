@@ -165,8 +165,7 @@ def test_equal_seeds_build_equal_networks():
 
 
 def test_the_defaults_are_the_paper():
-    with torch.device("meta"):
-        network = CrossViewModel(ModelConfig(), PreprocessConfig())
+    network = CrossViewModel(ModelConfig(), PreprocessConfig())
     assert network.descriptor_dim == 4096
     assert sum(parameter.numel() for parameter in network.ground_trunk.parameters()) == 14_714_688  # VGG16's features
     assert network.transport.cost.weight.shape == (4096, 64)

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,9 @@ from tests.golden import recipe
 KINDS = ("cvft", "conv", "global_pool")
 
 
+@functools.cache
 def official_model(kind):
-    with torch.device("meta"):
-        return CrossViewModel(ModelConfig(head=HeadConfig(kind=kind)), PreprocessConfig())
+    return CrossViewModel(ModelConfig(head=HeadConfig(kind=kind)), PreprocessConfig())
 
 
 def zeros(kind):
