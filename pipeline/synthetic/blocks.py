@@ -12,7 +12,7 @@ from pipeline.synthetic.markings import along, length_m
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.scene import Building, CarSlot, Line, Material, Patch, Points, Street, Tree
 from pipeline.synthetic.space import FreeSpace
-from pipeline.synthetic.streets import centre_line, rivers, street, urbanity
+from pipeline.synthetic.streets import bare_street, centre_line, rivers, urbanity
 
 
 @dataclass(kw_only=True)
@@ -50,8 +50,8 @@ class Frontage:
 
 def _frontages(seed: int, i: int, j: int) -> list[Frontage]:
     edges = [(i, j, "east", 1.0), (i + 1, j, "north", 1.0), (i, j + 1, "east", -1.0), (i, j, "north", -1.0)]
-    found = [(street(seed, a, b, axis=axis), side) for a, b, axis, side in edges]
-    slanted = street(seed, i, j, axis="diagonal")
+    found = [(bare_street(seed, a, b, axis=axis), side) for a, b, axis, side in edges]
+    slanted = bare_street(seed, i, j, axis="diagonal")
     return [Frontage(road=road, side=side) for road, side in [*found, (slanted, 1.0), (slanted, -1.0)] if road]
 
 

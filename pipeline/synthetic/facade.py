@@ -68,7 +68,7 @@ def wall_places(
     sun_east, sun_north, _ = day.sun_direction
     sun_x, sun_y = sun_east * cos + sun_north * sin, sun_north * cos - sun_east * sin
     facing = np.where(on_end, -np.sign(ray_x) * sun_x, -np.sign(ray_y) * sun_y)
-    up = np.maximum(camera_m + distance * slope, 0)
+    up = camera_m + distance * slope
     return Walls(*(part.astype(np.float32) for part in (distance, along, up, np.where(on_end, half_y, half_x), facing)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.synthetic.scene import CarSlot, Line, Material, Points
+from pipeline.synthetic.scene import CarSlot, Line, Material, Points, Street
 
 _NODE_CLEAR_M = 9.0
 
@@ -30,19 +30,10 @@ def _beside(points: Points, *, start_m: float, end_m: float, aside_m: float) -> 
     return places + np.stack([-tangents[:, 1], tangents[:, 0]], axis=1) * aside_m
 
 
-def street_markings(
-    points: Points, *, width_m: float, kind: str, has_edges: bool, has_crossings: bool
-) -> tuple[Line, ...]:
-    """Return the paint of a street.
-
-    Args:
-        points: Its centre line, [n, 2].
-        width_m: Its width between the kerbs.
-        kind: Centre line: `none`, `dashed`, `double` or `avenue` (double, and dashes between the lanes).
-        has_edges: Whether white lines mark its sides (country roads).
-        has_crossings: Whether pedestrians cross before both junctions.
-    """
-    half = width_m / 2
+def street_markings(road: Street) -> tuple[Line, ...]:
+    """Return the paint of a street: its centre line, white edges in the country, crossings before both junctions."""
+    points, kind, has_edges = road.points, road.centre_paint, road.pavement_m == 0.0
+    half = road.width_m / 2
     start, end = _NODE_CLEAR_M, length_m(points) - _NODE_CLEAR_M
     if kind == "none" or end - start < 6:
         return ()
@@ -55,7 +46,7 @@ def street_markings(
         for at in np.arange(start, end - 2.5, 6.5):
             dash = _beside(points, start_m=at, end_m=at + 2.6, aside_m=aside)
             found.append(Line(dash, Material.WHITE_LINE, 0.16))
-    for at in (start - 2.2, end - 1.6) if has_crossings else ():
+    for at in (start - 2.2, end - 1.6) if road.has_crossings else ():
         for aside in np.arange(-half + 0.7, half - 0.3, 1.05):
             bar = _beside(points, start_m=at, end_m=at + 2.5, aside_m=float(aside))
             found.append(Line(bar, Material.WHITE_LINE, 0.5))

@@ -102,15 +102,16 @@ def _paint_solids(
     grain = noise_tile("leaves", roughness=0.35)[(up * 24).astype(int) % 512, (column * 2) % 512]
     house = is_side & (label >= FIRST_BUILDING)
     if house.any():
-        colour[house], distance[house] = _walls(
+        colour[house], distance[house], up[house] = _walls(
             scene, rays, day=day, label=label[house], row=row[house], column=column[house], grain=grain[house]
         )
     car = is_side & (label >= FIRST_CAR) & (label <= CAR_GLASS)
     colour[car] = _car_sides(label[car], up=up[car], top=top[car], day=day)
     green = (label == Material.WOOD) | (label == Material.HEDGE)
     colour[green] = _foliage(colour[green], up=up[green], top=top[green], grain=grain[green], is_side=is_side[green])
-    frame.image[row, column] = _hazed(colour, distance[:, None], day=day)
-    frame.depth[row, column] = distance
+    seen = up >= 0  # a ray that would meet the wall under the ground has met the ground before
+    frame.image[row[seen], column[seen]] = _hazed(colour[seen], distance[seen, None], day=day)
+    frame.depth[row[seen], column[seen]] = distance[seen]
 
 
 def _walls(
@@ -122,8 +123,8 @@ def _walls(
     row: NDArray[np.int64],
     column: NDArray[np.int64],
     grain: F32,
-) -> tuple[F32, F32]:
-    """Return colours [P, 3] and distances [P] of pixels that see walls."""
+) -> tuple[F32, F32, F32]:
+    """Return colours [P, 3], exact distances [P] and heights above the ground [P] of pixels that see walls."""
     table = building_table(scene.buildings, center=scene.center)
     index = (label - FIRST_BUILDING) // 2
     slope, azimuth = rays.slopes[row], rays.azimuths[column]
@@ -131,7 +132,7 @@ def _walls(
     walls = wall_places(table, index=index, azimuth=azimuth, slope=slope, camera_m=camera_m, day=day)
     px_angle = float(np.radians(rays.geometry.degrees_per_px))
     colour = wall_colours(table, walls, index=index, day=day, px_angle=px_angle, grain=grain)
-    return colour * np.array(day.gains, np.float32), walls.distance_m
+    return colour * np.array(day.gains, np.float32), walls.distance_m, walls.up_m
 
 
 def _car_sides(label: NDArray[np.int64], *, up: F32, top: F32, day: Day) -> F32:

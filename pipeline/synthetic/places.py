@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.schema import TRAIN, VAL
 from pipeline.synthetic.markings import along, length_m
 from pipeline.synthetic.noise import generator
-from pipeline.synthetic.streets import street
+from pipeline.synthetic.streets import bare_street
 
 MIN_APART_M = 12.0
 REACH_M = 80.0  # as far as a panorama sees
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 def _candidates(seed: int, i: int, j: int) -> Iterator[tuple[float, float, float]]:
     for axis in ("east", "north", "diagonal"):
-        road = street(seed, i, j, axis=axis)
+        road = bare_street(seed, i, j, axis=axis)
         if road is None:
             continue
         random = generator(seed, f"places {axis}", i, j)

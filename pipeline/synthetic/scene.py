@@ -81,6 +81,8 @@ class Street(NamedTuple):
     width_m: float
     pavement_m: float
     surface: Material
+    centre_paint: str = "none"  # or "dashed", "double", "avenue"
+    has_crossings: bool = False
     markings: tuple[Line, ...] = ()
     slots: tuple[CarSlot, ...] = ()
 

@@ -55,7 +55,17 @@ def centre_line(seed: int, i: int, j: int, *, axis: str) -> Points:
 
 @lru_cache(maxsize=16384)
 def street(seed: int, i: int, j: int, *, axis: str) -> Street | None:
-    """Return the street along a lattice edge, or none where the network leaves it out."""
+    """Return the street along a lattice edge with its paint and its cars' places, or none."""
+    road = bare_street(seed, i, j, axis=axis)
+    if road is None:
+        return None
+    slots = street_slots(road.points, width_m=road.width_m)
+    return road._replace(markings=street_markings(road), slots=slots)
+
+
+@lru_cache(maxsize=16384)
+def bare_street(seed: int, i: int, j: int, *, axis: str) -> Street | None:
+    """Return the street along a lattice edge without its paint, or none where the network leaves it out."""
     random = generator(seed, f"street {axis}", i, j)
     present, own, crossing, surface = random.random(4)
     if present > (0.13 if axis == "diagonal" else 0.9):
@@ -72,8 +82,7 @@ def street(seed: int, i: int, j: int, *, axis: str) -> Street | None:
     if kind == "none" and urban < -0.2 and surface < 0.5:
         width, pavement, material = 4.6, 0.0, Material.GRAVEL
     has_crossings = bool(urban > -0.1 and crossing < 0.6)
-    paint = street_markings(points, width_m=width, kind=kind, has_edges=pavement == 0.0, has_crossings=has_crossings)
-    return Street(points, width, pavement, material, paint, street_slots(points, width_m=width))
+    return Street(points, width, pavement, material, kind, has_crossings)
 
 
 def urbanity(seed: int, points: Points) -> float:
