@@ -65,9 +65,9 @@ class FeatureTransport(nn.Module):
             "soft": -self.config.epsilon * math.log(max(num_positions - 1, 1)),
         }[self.config.init]
         with torch.no_grad():
-            # NOTE(paper) Features are not negative: with score weights of both signs, one draw in seven leaves the ReLU dead
-            # at nearly every position, and the plan never learns. Positive ones as small as the cost's keep 20 rounds a
-            # good solve.
+            # NOTE(paper) Features are not negative: with score weights of both signs, one draw in seven leaves the ReLU
+            # dead at nearly every position, and the plan never learns. Positive ones as small as the cost's keep 20
+            # rounds a good solve.
             nn.init.trunc_normal_(self.score.weight, std=_WEIGHT_STD, a=-2 * _WEIGHT_STD, b=2 * _WEIGHT_STD).abs_()
             nn.init.zeros_(self.score.bias)  # type: ignore[arg-type]  # typed optional, made here with bias
             nn.init.trunc_normal_(self.cost.weight, std=_WEIGHT_STD, a=-2 * _WEIGHT_STD, b=2 * _WEIGHT_STD)
