@@ -102,12 +102,11 @@ def test_info_reads_content_and_not_names():
     assert read_info(png) == ImageInfo(kind="png", height_px=30, width_px=50, colorspace="RGB")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L")]
+)
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.99])
 def test_truncated_image_is_refused_everywhere(kind, mode, kept):
-    if (kind, mode) == ("PNG", "CMYK"):
-        pytest.skip("PNG has no CMYK")
     data = pillow_bytes(picture((300, 300)), mode=mode, kind=kind)
     data = data[: int(len(data) * kept)]
     with pytest.raises(DataError):
