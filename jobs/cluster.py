@@ -27,12 +27,13 @@ def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
         LOGGER.info("joining the Ray cluster at %s", address)
         ray.init()
     else:
+        # With its dashboard: Ray Train asks its state API whether a training is still alive.
         # Ray 2.60 turns on token authentication unless told; this Ray listens to this machine alone.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, num_cpus)
         LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
-        ray.init(num_cpus=cpus, include_dashboard=False, configure_logging=False)
+        ray.init(num_cpus=cpus, include_dashboard=True, configure_logging=False)
     try:
         yield
     finally:

@@ -190,7 +190,7 @@ _StrictLoader.add_implicit_resolver(
 
 def _find(file: str) -> Path:
     path = Path(file)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     preset = PRESETS / f"{file}.yaml"
     if not preset.exists():

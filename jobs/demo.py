@@ -28,8 +28,7 @@ from jobs.train import train
 from pipeline.build import build_shards
 from pipeline.evaluation import evaluate_checkpoint
 from pipeline.manifest import Manifest
-from pipeline.synthetic.places import TownConfig
-from pipeline.synthetic.write import write_town
+from pipeline.synthetic.write import TownConfig, write_town
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import prepare

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import entry
-from pipeline.synthetic.places import TownConfig
-from pipeline.synthetic.write import write_town
+from pipeline.synthetic.write import TownConfig, write_town
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,9 +54,10 @@ class CheckpointFolder:
 
     def keep(self, names: set[str]) -> None:
         """Delete every other checkpoint, its `checkpoint.json` first so that no half of one ever counts."""
-        for path in sorted(self._store.list(), key=lambda path: not path.endswith(INFO_FILE)):
-            if path.split("/")[0] not in names:
-                self._store.delete(path)
+        for name in self.names():
+            if name not in names:
+                self._store.delete(f"{name}/{INFO_FILE}")
+                self._store.delete_folder(name)
 
 
 def fetch(uri: str, *, cache: Path) -> Path:

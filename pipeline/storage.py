@@ -125,6 +125,11 @@ class Store:
             if self._info(path).is_file:
                 self._filesystem.delete_file(self._full(path))
 
+    def delete_folder(self, path: str) -> None:
+        """Delete the folder `path` and all files below it."""
+        with self._translate(path, "delete"):
+            self._filesystem.delete_dir(self._full(path))
+
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Write the whole file unless there is one; return whether this call made it (of racing calls, one does)."""
         with self._translate(path, "write"):

@@ -29,7 +29,9 @@ def test_an_override_reads_every_way_of_writing_a_float(config_file, text):
 
 
 def test_an_override_reaches_a_section_that_the_file_does_not_have(config_file):
-    config = load(str(config_file), ["train.loss.gamma=12", "model.head.grid=[4, 4]", "train.loss.mask_distance_m=null"])
+    config = load(
+        str(config_file), ["train.loss.gamma=12", "model.head.grid=[4, 4]", "train.loss.mask_distance_m=null"]
+    )
     assert (config.train.loss.gamma, config.model.head.grid, config.train.loss.mask_distance_m) == (12.0, (4, 4), None)
 
 

@@ -1,0 +1,64 @@
+"""A town small enough to train on within a test, on disk and in shards."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.config import load
+from pipeline.manifest import Manifest
+from pipeline.shards import write_shard
+from pipeline.sources.detect import open_source
+from pipeline.storage import Store
+from pipeline.synthetic.write import TownConfig, write_town
+
+TINY = [
+    "preprocess.ground_size_px=[32, 176]",
+    "preprocess.aerial_size_px=[64, 64]",
+    "model.backbone.blocks=[1, 1, 1]",
+    "model.backbone.width=0.125",
+    "model.backbone.dropout=0.2",
+    "model.head.channels=4",
+    "train.batch_size=4",
+    "train.evaluate_every=1",
+    "data.num_threads=1",
+]
+
+
+@pytest.fixture(scope="session")
+def town(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("town")
+    write_town(out, config=TownConfig(num_pairs=16, seed=3), workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def manifest_uri(town, tmp_path_factory) -> str:
+    """The town in shards, written without Ray by the functions that Ray's tasks call."""
+    from pipeline.build import assemble_manifest, plan_fingerprint, plan_shards  # noqa: PLC0415 (imports ray)
+
+    store = Store.from_uri(tmp_path_factory.mktemp("store"))
+    scan = open_source(town)
+    plan = plan_fingerprint(scan.pairs, pairs_per_shard=8, seed=0)
+    entries = [
+        write_shard(spec, store) for spec in plan_shards(scan, plan, pairs_per_shard=8, seed=0, check_images=True)
+    ]
+    manifest = assemble_manifest(entries, scan.problems, layout=scan.layout, plan=plan, store_uri=store.uri())
+    assert isinstance(manifest, Manifest)
+    return manifest.publish()
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory) -> str:
+    """One MLflow file for all tests: its schema takes seconds to make."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def tiny(manifest_uri, tracking_uri, tmp_path):
+    """Make the configuration of a training of seconds in this test's folder, with further overrides."""
+
+    def configure(*overrides: str):
+        places = [f"data.manifest={manifest_uri}", f"output={tmp_path}/runs", f"tracking.uri={tracking_uri}"]
+        return load("town", [*places, *TINY, "train.workers=1", *overrides])
+
+    return configure

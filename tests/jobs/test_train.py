@@ -1,0 +1,153 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from cvft.checkpoint import MODEL_FILE, read_info
+from cvft.errors import CheckpointError, ConfigError, DataError
+from jobs import evaluate, report, train
+
+
+def _weights(checkpoint):
+    return safetensors.torch.load_file(Path(checkpoint) / MODEL_FILE)
+
+
+def _newest(result):
+    folder = Path(result["checkpoint"]).parent
+    return folder / sorted(path.name for path in folder.iterdir())[-1]
+
+
+def _main(module, arguments, capfd):
+    code = module.entry.main(module.JOB, arguments)
+    out, err = capfd.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if code == 0 else None, err
+
+
+def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_bitwise(tiny, tmp_path):
+    straight = train.train(tiny("name=straight", "train.num_epochs=4"))
+    config = tiny("name=stopped", "train.num_epochs=4")
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(metrics):
+        if metrics["epoch"] == 2:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        train.worker.train(config, device=torch.device("cpu"), on_epoch=cut)
+    continued = train.train(config)
+    assert read_info(_newest(continued)).epoch == 4
+    ours, theirs = _weights(_newest(continued)), _weights(_newest(straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [[epoch["loss"] for epoch in read_info(_newest(run)).training["epochs"]] for run in (continued, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_only_reported_and_keeps_its_mlflow_run(tiny):
+    first = train.train(tiny("train.num_epochs=2"))
+    again = train.train(tiny("train.num_epochs=2"))
+    assert again == first
+
+
+def test_the_result_is_that_of_the_best_checkpoint_and_only_it_and_the_newest_are_kept(tiny):
+    result = train.train(tiny("train.num_epochs=5", "train.optimizer.learning_rate=3e-3"))
+    epochs = read_info(_newest(result)).training["epochs"]
+    assert len(epochs) == 5
+    assert result["recall_at_1"] == max(epoch["recall_at_1"] for epoch in epochs)
+    assert read_info(Path(result["checkpoint"])).metrics["recall_at_1"] == result["recall_at_1"]
+    kept = {path.name for path in Path(result["checkpoint"]).parent.iterdir()}
+    assert kept == {Path(result["checkpoint"]).name, "epoch-0005"}
+
+
+def test_a_run_begun_with_another_configuration_is_refused_by_the_key_that_differs(tiny):
+    train.train(tiny("train.num_epochs=1"))
+    with pytest.raises(
+        ConfigError, match=r"run 'town' was begun otherwise: train.seed=5 \(was 0\); choose another name="
+    ):
+        train.train(tiny("train.num_epochs=1", "train.seed=5"))
+    assert train.train(tiny("train.num_epochs=1", "data.num_threads=2"))["epoch"] == 1
+
+
+def test_the_resolved_configuration_and_the_numbers_are_in_mlflow(tiny):
+    config = tiny("train.num_epochs=2")
+    result = train.train(config)
+    run = train.Run(uri=config.tracking.uri, run_id=result["run_id"]).client.get_run(result["run_id"])
+    assert run.data.params["train.loss.gamma"] == "10.0"
+    assert run.data.metrics["recall_at_1_percent"] == pytest.approx(
+        read_info(_newest(result)).metrics["recall_at_1_percent"]
+    )
+    assert run.inputs.dataset_inputs[0].dataset.digest
+    assert run.info.status == "FINISHED"
+
+
+def test_a_split_that_the_manifest_lacks_is_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(DataError, match="split 'test' is not in"):
+        train.train(tiny("data.eval_split=test"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_ray_workers_train_what_one_process_trains(tiny, ray_cluster):
+    # Without dropout: its masks depend on the rank.
+    settings = ["train.num_epochs=2", "model.backbone.dropout=0.0"]
+    alone = train.train(tiny("name=alone", *settings))
+    both = train.train(tiny("name=both", *settings, "train.workers=2"))
+    ours, theirs = (read_info(_newest(run)).training["epochs"] for run in (both, alone))
+    assert [epoch["loss"] for epoch in ours] == pytest.approx([epoch["loss"] for epoch in theirs], abs=1e-5)
+    for name, tensor in _weights(_newest(alone)).items():
+        torch.testing.assert_close(_weights(_newest(both))[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_workers_data_error_ends_the_job_as_the_users_error(tiny, ray_cluster, manifest_uri, tmp_path):
+    store = Path(manifest_uri).parent.parent
+    damaged = tmp_path / "damaged"
+    shutil.copytree(store, damaged)
+    for shard in (damaged / "shards").rglob("train-*.tar"):
+        data = bytearray(shard.read_bytes())
+        for position in range(2048, len(data), 4096):
+            data[position] ^= 1
+        shard.write_bytes(data)
+    moved = manifest_uri.replace(str(store), str(damaged))
+    with pytest.raises((DataError, train.CvftError), match="have changed since they were sharded"):
+        train.train(tiny(f"data.manifest={moved}", "train.workers=2", "train.max_failures=1"))
+
+
+def test_evaluate_and_report_from_the_command_line(tiny, manifest_uri, tmp_path, capfd):
+    result = train.train(tiny("train.num_epochs=1"))
+    where = ["--checkpoint", result["checkpoint"], "--manifest", manifest_uri]
+    code, measured, err = _main(evaluate, where, capfd)
+    assert (code, measured["recall_at_1"], measured["chance"]) == (0, result["recall_at_1"], result["chance"])
+    assert "R@10" in err
+    code, made, _ = _main(report, [*where, "--out", str(tmp_path / "report")], capfd)
+    assert code == 0
+    assert "<html" in Path(made["report"]).read_text()
+
+
+def test_other_preprocessing_than_trained_with_is_refused_unless_said(tiny, manifest_uri, capfd):
+    result = train.train(tiny("train.num_epochs=1"))
+    where = ["--checkpoint", result["checkpoint"], "--manifest", manifest_uri, "preprocess.channel_order=bgr"]
+    code, _, err = _main(evaluate, where, capfd)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "channel_order" in err
+    code, _, _ = _main(evaluate, [*where, "--allow-other-preprocess"], capfd)
+    assert code == 0
+
+
+def test_evaluating_what_is_no_checkpoint_says_so(manifest_uri, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        evaluate.evaluate_checkpoint(str(tmp_path / "nothing"), manifest_uri)
+
+
+def test_history_keeps_the_first_of_equally_good_epochs():
+    history = train.worker.History().then({"recall_at_1": 0.5}, "epoch-0001").then({"recall_at_1": 0.5}, "epoch-0002")
+    assert (history.best, len(history.epochs)) == ("epoch-0001", 2)
+    assert dataclasses.asdict(history)["best_recall_at_1"] == 0.5
