@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.synthetic.canvas import CAR_GLASS, FIRST_BUILDING, FIRST_CABIN, FIRST_CAR, Canvas
-from pipeline.synthetic.facade import building_table, wall_colours, wall_places
+from pipeline.synthetic.facade import building_table, wall_colours, walls_along
 from pipeline.synthetic.geometry import PanoramaGeometry
 from pipeline.synthetic.light import Day, leaf_colour
 from pipeline.synthetic.noise import noise_tile
@@ -99,12 +99,13 @@ def _paint_solids(
     distance = rays.radii[sample]
     up = np.maximum(rays.geometry.camera_height_m + distance * rays.slopes[row], 0)
     colour = ground.reshape(-1, 3)[place].astype(np.float32)
-    grain = noise_tile("leaves", roughness=0.35)[(up * 24).astype(int) % 512, (column * 2) % 512]
-    house = is_side & (label >= FIRST_BUILDING)
-    if house.any():
+    grain = noise_tile("leaves", roughness=0.35)[(up * np.float32(24)).astype(np.int32) % 512, (column * 2) % 512]
+    house = np.flatnonzero(is_side & (label >= FIRST_BUILDING))
+    if len(house):
         colour[house], distance[house], up[house] = _walls(
-            scene, rays, day=day, label=label[house], row=row[house], column=column[house], grain=grain[house]
+            scene, rays, day=day, label=label[house], row=row[house], column=column[house]
         )
+        colour[house] *= 1 + np.float32(0.025) * grain[house, None]
     car = is_side & (label >= FIRST_CAR) & (label <= CAR_GLASS)
     colour[car] = _car_sides(label[car], up=up[car], top=top[car], day=day)
     green = (label == Material.WOOD) | (label == Material.HEDGE)
@@ -122,17 +123,18 @@ def _walls(
     label: NDArray[np.int64],
     row: NDArray[np.int64],
     column: NDArray[np.int64],
-    grain: F32,
 ) -> tuple[F32, F32, F32]:
     """Return colours [P, 3], exact distances [P] and heights above the ground [P] of pixels that see walls."""
-    table = building_table(scene.buildings, center=scene.center)
-    index = (label - FIRST_BUILDING) // 2
-    slope, azimuth = rays.slopes[row], rays.azimuths[column]
-    camera_m = rays.geometry.camera_height_m
-    walls = wall_places(table, index=index, azimuth=azimuth, slope=slope, camera_m=camera_m, day=day)
+    number = (label - FIRST_BUILDING) // 2
+    in_view = np.flatnonzero(np.bincount(number))
+    index = np.searchsorted(in_view, number)
+    table = building_table([scene.buildings[k] for k in in_view], center=scene.center)
     px_angle = float(np.radians(rays.geometry.degrees_per_px))
-    colour = wall_colours(table, walls, index=index, day=day, px_angle=px_angle, grain=grain)
-    return colour * np.array(day.gains, np.float32), walls.distance_m, walls.up_m
+    walls = walls_along(table, azimuths=rays.azimuths, px_angle=px_angle, day=day)
+    distance = walls.distance_m.take(index * len(rays.azimuths) + column)
+    up = np.float32(rays.geometry.camera_height_m) + distance * rays.slopes[row]
+    colour = wall_colours(table, walls, index=index, column=column, up=up, day=day)
+    return colour * np.array(day.gains, np.float32), distance, up
 
 
 def _car_sides(label: NDArray[np.int64], *, up: F32, top: F32, day: Day) -> F32:

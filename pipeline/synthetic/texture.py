@@ -80,8 +80,9 @@ def _furrow(mask: NDArray[np.bool_], out: F32, *, origin: tuple[int, int], px_pe
     number = 2 * np.pi / _FURROW_M / px_per_m
     y = (np.arange(rows[0], rows[-1] + 1) + origin[0]) * (number * np.sin(turn))
     x = (np.arange(columns[0], columns[-1] + 1) + origin[1]) * (number * np.cos(turn))
-    across = np.stack([np.sin(y), np.cos(y)], axis=1).astype(np.float32)
-    waves = across @ np.stack([np.cos(x), np.sin(x)]).astype(np.float32)
+    sin_y, cos_y = (part.astype(np.float32)[:, None] for part in (np.sin(y), np.cos(y)))
+    sin_x, cos_x = (part.astype(np.float32) for part in (np.sin(x), np.cos(x)))
+    waves = sin_y * cos_x + cos_y * sin_x
     np.multiply(out[window], 1 + np.float32(0.09) * waves, out=out[window], where=mask[window])
 
 

@@ -34,7 +34,7 @@ from pipeline.synthetic.panorama import render_panorama
 from pipeline.synthetic.places import REACH_M, Place, plan_places
 from pipeline.synthetic.town import cars_of_a_day, scene_at
 
-_VERSION = 2  # raise it when the same configuration gives other images
+_VERSION = 3  # raise it when the same configuration gives other images
 _CHUNK = 8
 _AERIAL, _GROUND = "bingmap/19", "streetview/panos"
 Progress = Callable[[int, int], None]
