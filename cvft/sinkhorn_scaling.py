@@ -182,12 +182,13 @@ class _Chunk:
         alphas = self.a.new_ones(num_rounds + 1, *self.a.shape)
         betas = self.b.new_ones(num_rounds + 1, *self.b.shape)
         betas[0] = beta
+        # A row times a matrix streams through it; a matrix times a column is 8x slower.
+        rows, columns = alphas.unsqueeze(2).unbind(), betas.unsqueeze(2).unbind()
+        a, b = self.a.unsqueeze(1), self.b.unsqueeze(1)
         for t in range(is_log_round_done, num_rounds + 1):
-            _times(betas[t], tile_t, out=alphas[t])
-            torch.div(self.a, alphas[t], out=alphas[t])
+            torch.div(a, torch.bmm(columns[t], tile_t, out=rows[t]), out=rows[t])
             if t < num_rounds:
-                _times(alphas[t], tile, out=betas[t + 1])
-                torch.div(self.b, betas[t + 1], out=betas[t + 1])
+                torch.div(b, torch.bmm(rows[t], tile, out=columns[t + 1]), out=columns[t + 1])
         largest = torch.maximum(alphas[:-1].flatten(1).amax(1), betas[1:].flatten(1).amax(1))
         num_good = int((largest <= MAX_SCALING).cumprod(0).sum())
         return alphas[: num_good + 1], betas[: num_good + 1]
@@ -223,38 +224,32 @@ def _block_backward(
     alphas, betas, before = block.alphas[:-1], block.betas[1:], block.betas[:-1]
     tile = _tile(logits, block.u, block.v)
     tile_t = tile.transpose(1, 2).contiguous()
-    wx, wy = torch.empty_like(alphas), torch.empty_like(betas)
-    x_factor, y_factor = -alphas.square() / a, -betas.square() / b
+    # Each weight is a product of the next by the tile and a factor; the last also has what enters from later rounds.
+    wx, wy = alphas.square().div_(-a), betas.square().div_(-b)
+    wy[-1] = y * betas[-1] / b
+    rows, columns = wx.unsqueeze(2).unbind(), wy.unsqueeze(2).unbind()
     last_rounds = set(seeds.last_round.tolist())
     for t in reversed(range(block.num_rounds)):
-        if t == block.num_rounds - 1:
-            torch.mul(y, betas[t] / b, out=wy[t])
-        else:
-            _times(wx[t + 1], tile, out=wy[t]).mul_(y_factor[t])
         is_last = (seeds.last_round == t).unsqueeze(1) if t in last_rounds else None
+        if t < block.num_rounds - 1:
+            columns[t].mul_(torch.bmm(rows[t + 1], tile))
         if is_last is not None:
             wy[t] += is_last * seeds.v * betas[t] / b
-        _times(wy[t], tile_t, out=wx[t]).mul_(x_factor[t])
+        rows[t].mul_(torch.bmm(columns[t], tile_t))
         if is_last is not None:
             wx[t] += is_last * seeds.u * alphas[t] / a
-    y = _times(wx[0], tile, out=torch.empty_like(y)).mul_(-before[0])
+    y = torch.bmm(rows[0], tile).squeeze(1) * -before[0]
     pairs = torch.bmm(alphas.permute(1, 2, 0), wy.transpose(0, 1), out=tile_t.view_as(tile))
     pairs.baddbmm_(wx.permute(1, 2, 0), before.transpose(0, 1))
     grad_logits.addcmul_(pairs, tile, value=-1)
     return y, wx, wy
 
 
-def _times(vector: Tensor, matrix: Tensor, *, out: Tensor) -> Tensor:
-    """Write vector^T matrix of each sample: [B, p] and [B, p, q] give [B, q]; a matrix times a column is 8x slower."""
-    torch.bmm(vector.unsqueeze(1), matrix, out=out.unsqueeze(1))
-    return out
-
-
 def _normalise(logits: Tensor, marginal: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     """Shift `logits` in place so that exp(logits) sums to `marginal` over `dim`; return the shift and exp(logits)."""
     peak = logits.amax(dim, keepdim=True)
     logits -= peak
-    tile = _exp_(logits.clone())
+    tile = _exp(logits)
     rest = (marginal.unsqueeze(dim) / tile.sum(dim, keepdim=True)).log()
     logits += rest
     tile *= rest.exp()
@@ -262,13 +257,13 @@ def _normalise(logits: Tensor, marginal: Tensor, *, dim: int) -> tuple[Tensor, T
 
 
 def _tile(logits: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    return _exp_((logits + u.unsqueeze(2)).add_(v.unsqueeze(1)))
+    return _exp((logits + u.unsqueeze(2)).add_(v.unsqueeze(1)))
 
 
-def _exp_(logits: Tensor) -> Tensor:
-    """Take exp in place, with zero below the smallest normal number: CPUs are 10x slower on such numbers."""
+def _exp(logits: Tensor) -> Tensor:
+    """Return exp(logits) with zero below the smallest normal number: CPUs are 10x slower on such numbers."""
     floor = math.log(torch.finfo(logits.dtype).tiny) + 0.5  # a little above: `exp` itself is slow below
-    return _flush(logits.clamp_(min=floor).exp_())
+    return _flush(logits.clamp(min=floor).exp_())
 
 
 def _flush(tile: Tensor) -> Tensor:
