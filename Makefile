@@ -27,7 +27,7 @@ bench: $(VENV)/.developer  ## speed and memory beside the peers; each script exi
 	@set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
-	@.venv-tensorflow/bin/python -m pytest -m tensorflow tests/pipeline/test_official_import.py
+	@.venv-tensorflow/bin/python -m pytest --noconftest tests/pipeline/test_official_import.py
 
 clean-demo:  ## forget the demo's data, runs and models
 	rm -rf $(DEMO)
@@ -40,6 +40,14 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(PIP) torch
 	@$(PIP) --editable .
+	@touch $@
+
+.venv-tensorflow/.installed: pyproject.toml constraints.txt
+	@echo "installing into .venv-tensorflow (TensorFlow is 1.3 GB)" >&2
+	@test -x .venv-tensorflow/bin/python || $(PYTHON) -m venv .venv-tensorflow
+	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.runtime

@@ -22,7 +22,8 @@ class Location:
     Attributes:
         latitude_deg: WGS84 latitude.
         longitude_deg: WGS84 longitude.
-        heading_deg: Compass heading of the panorama's centre, clockwise from north; none if unknown.
+        heading_deg: Compass heading recorded with the photo, clockwise from north; none if unknown. CVUSA's is the
+            camera car's: its panoramas have north in the middle all the same.
     """
 
     latitude_deg: float
@@ -35,7 +36,7 @@ class PairSource:
     """One pair as it lies on disk before sharding.
 
     Attributes:
-        key: Unique within the dataset, at most 128 characters, no dots or slashes: it names members of a tar.
+        key: Unique within the dataset, no dots or slashes, short enough for a name in a tar (see `key_trouble`).
         split: Name of the split (`train`, `val`, ...).
         ground: File of the ground image.
         aerial: File of the aerial image.
