@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cvft.config import ModelConfig, PreprocessConfig
-from cvft.configuration import parse, to_plain
+from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import CheckpointError, ConfigError
 from cvft.model import CrossViewModel
 from cvft.optimizer_state import apply_optimizer_state, collect_optimizer_state
@@ -187,19 +187,12 @@ def _info(document: Mapping[str, Any], directory: Path) -> CheckpointInfo:
 
 def _differences(trained: object, here: object) -> str:
     """Name the fields in which two configurations of one class differ, by dotted key and with both values."""
-    trained_values, here_values = _flat(to_plain(trained)), _flat(to_plain(here))
+    trained_values, here_values = dotted_values(to_plain(trained)), dotted_values(to_plain(here))
     return ", ".join(
         f"{key} was {value} and is {here_values[key]} here"
         for key, value in trained_values.items()
         if here_values[key] != value
     )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        values.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return values
 
 
 def _load_state(model: CrossViewModel, document: Mapping[str, Any], directory: Path) -> None:

@@ -180,7 +180,7 @@ def _tell(measured: Result, registered: Result, config: ExperimentConfig) -> Non
         measured["report"],
         registered["model"],
         registered["version"],
-        f"mlflow ui --backend-store-uri {config.tracking.uri}",
+        f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {config.tracking.uri}",
     )
 
 

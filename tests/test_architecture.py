@@ -85,7 +85,9 @@ def test_no_modules_import_each_other_in_a_circle(graph):
 
 def _sources():
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = tracked.stdout.split() or [str(path.relative_to(ROOT)) for part in PACKAGES for path in Path(part).rglob("*.py")]
+    names = tracked.stdout.split() or [
+        str(path.relative_to(ROOT)) for part in PACKAGES for path in Path(part).rglob("*.py")
+    ]
     return [ROOT / name for name in names]
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+from cvft.configuration import dotted_values
 from pipeline.tracking.server import Tracking, tracking_client
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Run:
         MLflow never changes a parameter. Where a continued run differs from its beginning, the parameter keeps the
         first value, a tag `changed.<name>` tells both, and `config.json` is the newest.
         """
-        values = {name: str(value)[:MAX_PARAM_CHARACTERS] for name, value in flatten(config).items()}
+        values = {name: str(value)[:MAX_PARAM_CHARACTERS] for name, value in dotted_values(config).items()}
         before = self.client.get_run(self.run_id).data.params
         for batch in _batches((Param(*item) for item in values.items() if item[0] not in before), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=batch)
@@ -151,12 +152,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     everything = list(items)
     for start in range(0, len(everything), size):
         yield everything[start : start + size]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted names; lists stay values."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        values.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return values

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvft.config import LossConfig, ModelConfig, OptimizerConfig, PreprocessConfig
-from cvft.configuration import dotted_keys, parse, require, to_plain
+from cvft.configuration import dotted_keys, dotted_values, parse, require, to_plain
 from cvft.errors import ConfigError
 
 
@@ -57,7 +57,10 @@ def test_any_value_survives_the_way_to_plain_data_and_back(name, gamma, distance
         ({"name": "a", "inner": {"gamma": True}}, "inner.gamma: expected float, got True (bool)"),
         ({"name": "a", "inner": {"gamma": float("nan")}}, "inner.gamma: expected a finite number, got nan"),
         ({"name": "a", "inner": {"gamma": -1.0}}, "inner.gamma: -1.0 must be positive"),
-        ({"name": "a", "inner": {"kind": "sofd"}}, "inner.kind: 'sofd' is not one of 'hard', 'soft'; did you mean 'soft'?"),
+        (
+            {"name": "a", "inner": {"kind": "sofd"}},
+            "inner.kind: 'sofd' is not one of 'hard', 'soft'; did you mean 'soft'?",
+        ),
         ({"name": "a", "inner": {"sizes": [1]}}, "inner.sizes: expected 2 values, got 1: [1]"),
         ({"name": "a", "inner": {"sizes": [1, 2.5]}}, "inner.sizes[1]: expected int, got 2.5 (float)"),
         ({"name": "a", "inner": 3}, "inner: expected a mapping of keys, got 3"),
@@ -78,3 +81,11 @@ def test_a_whole_number_is_taken_for_a_float_but_not_the_other_way_round():
 
 def test_dotted_keys_name_every_leaf():
     assert dotted_keys(Outer) == ["name", "distance_m", "inner.gamma", "inner.kind", "inner.sizes", "weights"]
+
+
+def test_dotted_values_join_keys_and_keep_lists():
+    assert dotted_values({"a": {"b": {"c": 1}, "d": [1, {"x": 2}]}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": [1, {"x": 2}],
+        "e": None,
+    }

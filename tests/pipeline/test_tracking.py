@@ -7,7 +7,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cvft.errors import StoreError
-from pipeline.tracking.runs import Run, find_run, flatten, open_run
+from pipeline.tracking.runs import Run, find_run, open_run
 from pipeline.tracking.server import prepare
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
@@ -24,14 +24,6 @@ def tracking(tmp_path_factory):
 
 def client(tracking):
     return MlflowClient(tracking.uri, tracking.uri)
-
-
-def test_flatten_joins_keys_and_keeps_lists():
-    assert flatten({"a": {"b": {"c": 1}, "d": [1, {"x": 2}]}, "e": None}) == {
-        "a.b.c": 1,
-        "a.d": [1, {"x": 2}],
-        "e": None,
-    }
 
 
 def test_preparing_twice_gives_the_same_experiment(tracking):
