@@ -65,7 +65,10 @@ class CheckpointInfo:
 def save_checkpoint(
     directory: Path, *, model: CrossViewModel, info: CheckpointInfo, optimizer: Optimizer | None = None
 ) -> None:
-    """Write a checkpoint; `directory` holds all of it or, if the process dies on the way, what it held before.
+    """Write a checkpoint; never half of one stands in `directory`.
+
+    An older checkpoint there steps aside first: if the process dies in that instant, it is found beside, as
+    `.<name>.<process>.old`.
 
     Args:
         directory: Its place; an older checkpoint there is replaced.
@@ -129,22 +132,30 @@ def load_model(
     return model.eval(), info
 
 
-def restore_training(directory: Path, *, model: CrossViewModel, optimizer: Optimizer) -> CheckpointInfo:
+def restore_training(
+    directory: Path, *, model: CrossViewModel, preprocess: PreprocessConfig, optimizer: Optimizer
+) -> CheckpointInfo:
     """Put a checkpoint's tensors into a network and its optimizer; training goes on to the bit as if never stopped.
+
+    Args:
+        directory: The checkpoint.
+        model: A network of the checkpoint's configuration, without a DDP wrapper.
+        preprocess: How its input will be made; the same as before.
+        optimizer: Adam or AdamW over the network's parameters.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, holds no optimizer state, or is of another configuration.
     """
     document = _document(directory)
     info = _info(document, directory)
-    differences = _differences(info.model, model.config)
-    if differences:
+    for what, then, now in (("model", info.model, model.config), ("preprocessing", info.preprocess, preprocess)):
+        if differences := _differences(then, now):
+            raise CheckpointError(
+                f"{directory} is of another {what}: {differences}; resume with the training's own configuration"
+            )
+    if TRAINING_FILE not in document["files"] or "optimizer_groups" not in document:
         raise CheckpointError(
-            f"{directory} is of another model: {differences}; resume with the training's own configuration"
-        )
-    if TRAINING_FILE not in document["files"]:
-        raise CheckpointError(
-            f"{directory} holds no {TRAINING_FILE}: it can be evaluated, but no training can go on from it"
+            f"{directory} holds no optimizer state: it can be evaluated, but no training can go on from it"
         )
     tensors = _read_tensors(directory, TRAINING_FILE, document["files"])
     _load_state(model, document, directory)
@@ -230,5 +241,10 @@ def _publish(temporary: Path, directory: Path) -> None:
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     if directory.exists():
         os.replace(directory, aside)
-    os.replace(temporary, directory)
+    try:
+        os.replace(temporary, directory)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, directory)
+        raise
     shutil.rmtree(aside, ignore_errors=True)

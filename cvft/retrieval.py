@@ -19,8 +19,7 @@ references.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cvft.errors import TrainingError
+from cvft.precision import full_precision
 
 OnePercent = Literal["cvft", "floor"]
 _CHUNK = 256  # rows that are held in float64 at a time
@@ -130,11 +130,12 @@ def rank_matches(
     _require_finite("query", query)
     _require_finite("reference", reference)
     target = (torch.arange(len(query)) if target is None else target).to(query.device)
-    if target.amax() >= len(reference):
-        raise ValueError(f"target names reference {int(target.amax())}, but there are {len(reference)}")
+    smallest, largest = (int(end) for end in target.aminmax())
+    if smallest < 0 or largest >= len(reference):
+        raise ValueError(f"target names references {smallest} to {largest}, but there are 0 to {len(reference) - 1}")
     parts = []
     longest = reference.norm(dim=1).max()
-    with _full_precision(query.device):
+    with full_precision(query.device), torch.no_grad():
         for rows in _slices(len(query), block):
             matches = partial(_matches, rows, target=target, hits=hits)
             parts.append(
@@ -243,18 +244,3 @@ def _require_finite(role: str, descriptors: Tensor) -> None:
             f"{len(bad)} of {len(descriptors)} {role} descriptors are not finite, first in rows {bad[:5]};"
             " the weights have diverged: use an earlier checkpoint or a lower learning rate"
         )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Switch off autocast, TF32 and bfloat16 inside float32 products, and put the settings back afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -5,8 +5,6 @@ Shape letters: B problems, n sources, m targets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,21 +27,6 @@ class Solution(NamedTuple):
     g: Tensor
     error: Tensor
     num_iterations: Tensor
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch off autocast and short matrix formats (TF32, bfloat16), so that Sinkhorn's state keeps its precision."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # no stub has it
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def solve_log(

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cvft.sinkhorn import Solution, full_precision
+from cvft.precision import full_precision
+from cvft.sinkhorn import Solution
 
 MAX_BLOCK_ROUNDS = 20  # rounds between two looks at the scalings; a look makes the host wait for a GPU
 MAX_SCALING = 1e12  # what a tile rounds to zero (1e-37) then weighs at most 1e-13 of a row

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cvft.configuration import require
 from cvft.errors import ConfigError
-from cvft.sinkhorn import Solution, full_precision, solve_log
+from cvft.precision import full_precision
+from cvft.sinkhorn import Solution, solve_log
 from cvft.sinkhorn_implicit import ImplicitSolver
 from cvft.sinkhorn_scaling import solve_scaling
 
@@ -98,6 +99,7 @@ def solve(
     solver: Solver = "scaling",
     gradient: Gradient = "unrolled",
     threshold: float | None = None,
+    check_finite: bool = True,
 ) -> TransportResult:
     """Solve by Sinkhorn rounds, each rows first and then columns; autocast does not reach inside.
 
@@ -109,6 +111,8 @@ def solve(
             marginals. `implicit` takes the plan as converged: less memory, and the plan alone has a gradient.
         threshold: A sample's result is that of the first round that leaves its `marginal_error` at or below this,
             whatever the rest of the batch needs. None does all rounds.
+        check_finite: Refuse costs that are not finite. Without it they end in a plan of NaN, and the device is not
+            waited for.
 
     Raises:
         ConfigError: An option is unknown or out of range, a cost is NaN or -inf, a row or column is forbidden
@@ -121,6 +125,8 @@ def solve(
     options: dict[str, Any] = {"num_iterations": num_iterations, "threshold": threshold}
     with full_precision(problem.cost.device):
         solution = _run(problem, solve_scaling if solver == "scaling" else solve_log, gradient, options)
+    if check_finite:
+        _require_finite(solution)
     return TransportResult(
         plan=solution.plan,
         potential_source=solution.f,
@@ -139,16 +145,19 @@ def _run(problem: TransportProblem, run: Callable[..., Solution], gradient: str,
         solution = run(cost, a, b, epsilon=problem.epsilon, **options)
     else:
         solution = Solution(*ImplicitSolver.apply(run, cost, a, b, problem.epsilon, options))  # type: ignore[no-untyped-call]
-    is_finite = solution.g.isfinite().all(1)  # whatever is wrong with a cost ends up in every target's potential
-    if not is_finite.all():
-        samples = (~is_finite).nonzero().flatten().tolist()
-        raise ConfigError(f"cost: samples {samples} hold NaN, -inf, or a row or column of +inf alone; mend these costs")
     if gradient == "implicit" and solution.plan.requires_grad and (solution.error > CONVERGED_ERROR).any():
         raise ConfigError(
             f"gradient: implicit needs a converged plan, but the marginal error is {solution.error.max():.3g}, above "
             f"{CONVERGED_ERROR}; raise num_iterations or epsilon, or use gradient=unrolled"
         )
     return solution
+
+
+def _require_finite(solution: Solution) -> None:
+    is_finite = solution.g.isfinite().all(1)  # whatever is wrong with a cost ends up in every target's potential
+    if not is_finite.all():
+        samples = (~is_finite).nonzero().flatten().tolist()
+        raise ConfigError(f"cost: samples {samples} hold NaN, -inf, or a row or column of +inf alone; mend these costs")
 
 
 def _marginals(problem: TransportProblem, cost: Tensor) -> tuple[Tensor, Tensor]:

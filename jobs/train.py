@@ -54,6 +54,12 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     manifest = Manifest.load(config.data.manifest)
     for split in (config.data.train_split, config.data.eval_split):
         manifest.split(split)  # refuse a wrong name before anything starts
+    backbone = config.model.backbone
+    if backbone.weights is None and backbone.num_frozen_blocks:
+        entry.LOGGER.warning(
+            "model.backbone.weights is not set: the %d frozen blocks stay at their random values",
+            backbone.num_frozen_blocks,
+        )
     run = _open_run(config, manifest)
     if _epochs_done(config) >= config.train.num_epochs:
         entry.LOGGER.info("run %s is up to date: all %d epochs are done", config.name, config.train.num_epochs)

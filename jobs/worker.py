@@ -152,7 +152,7 @@ class _Training:
         if not names:
             return 0, History()
         newest = fetch(self._checkpoints.uri(names[-1]), cache=default_cache().parent)
-        info = restore_training(newest, model=model, optimizer=self._optimizer)
+        info = restore_training(newest, model=model, preprocess=self._config.preprocess, optimizer=self._optimizer)
         LOGGER.info("going on from %s", self._checkpoints.uri(names[-1]))
         return info.epoch, History(**info.training)
 

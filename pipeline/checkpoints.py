@@ -31,7 +31,8 @@ class CheckpointFolder:
 
     def names(self) -> list[str]:
         """List the whole checkpoints, oldest first."""
-        return [path.split("/")[0] for path in self._store.list() if path.endswith(f"/{INFO_FILE}")]
+        folders = [path.split("/")[0] for path in self._store.list() if path.endswith(f"/{INFO_FILE}")]
+        return [name for name in folders if not name.startswith(".")]  # those are being written, or were
 
     def uri(self, name: str) -> str:
         """Return the URI of a checkpoint, as `evaluate --checkpoint` takes it."""

@@ -93,7 +93,7 @@ def test_training_goes_on_to_the_bit_as_if_it_had_never_stopped(tmp_path, memory
 
     resumed = network(seed=99).to(memory_format=memory_format)
     optimizer = optimizer_of(resumed)
-    assert restore_training(tmp_path / "last", model=resumed, optimizer=optimizer) == INFO
+    assert restore_training(tmp_path / "last", model=resumed, preprocess=INFO.preprocess, optimizer=optimizer) == INFO
     train(resumed, optimizer, range(3, 6))
     state = resumed.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in straight.state_dict().items())
@@ -103,7 +103,7 @@ def test_a_checkpoint_before_the_first_step_can_be_resumed(tmp_path):
     model = network()
     save_checkpoint(tmp_path / "first", model=model, info=INFO, optimizer=optimizer_of(model))
     fresh = network(seed=1)
-    restore_training(tmp_path / "first", model=fresh, optimizer=optimizer_of(fresh))
+    restore_training(tmp_path / "first", model=fresh, preprocess=INFO.preprocess, optimizer=optimizer_of(fresh))
 
 
 def test_no_pickle_is_written(saved):
@@ -213,14 +213,16 @@ def test_tensors_of_another_network_are_named(saved):
 def test_no_training_goes_on_without_its_optimizer(tmp_path):
     model = network()
     save_checkpoint(tmp_path / "best", model=model, info=INFO)
-    with pytest.raises(CheckpointError, match=r"best holds no training\.safetensors"):
-        restore_training(tmp_path / "best", model=model, optimizer=optimizer_of(model))
+    with pytest.raises(CheckpointError, match="best holds no optimizer state"):
+        restore_training(tmp_path / "best", model=model, preprocess=INFO.preprocess, optimizer=optimizer_of(model))
 
 
 def test_no_training_goes_on_with_other_parameter_groups(saved):
     directory, model = saved
     with pytest.raises(CheckpointError, match="other parameter groups"):
-        restore_training(directory, model=model, optimizer=torch.optim.Adam(model.parameters()))
+        restore_training(
+            directory, model=model, preprocess=INFO.preprocess, optimizer=torch.optim.Adam(model.parameters())
+        )
 
 
 def test_no_training_goes_on_with_another_configuration(saved):
@@ -229,7 +231,7 @@ def test_no_training_goes_on_with_another_configuration(saved):
     other = dataclasses.replace(CONFIG, head=dataclasses.replace(CONFIG.head, transport=transport))
     model = build_model(other, PREPROCESS)
     with pytest.raises(CheckpointError, match=r"another model: head\.transport\.epsilon was 0\.01 and is 0\.1 here"):
-        restore_training(directory, model=model, optimizer=optimizer_of(model))
+        restore_training(directory, model=model, preprocess=INFO.preprocess, optimizer=optimizer_of(model))
 
 
 def test_loading_does_not_read_the_backbones_first_weights_again(tmp_path):
@@ -237,3 +239,10 @@ def test_loading_does_not_read_the_backbones_first_weights_again(tmp_path):
     config = dataclasses.replace(CONFIG, backbone=backbone)
     save_checkpoint(tmp_path / "last", model=network(), info=dataclasses.replace(INFO, model=config))
     assert load_model(tmp_path / "last")[0].config == config
+
+
+def test_no_training_goes_on_with_other_preprocessing(saved):
+    directory, model = saved
+    other = dataclasses.replace(INFO.preprocess, std=(9.0, 9.0, 9.0))
+    with pytest.raises(CheckpointError, match=r"another preprocessing: std was .* and is \[9\.0, 9\.0, 9\.0\] here"):
+        restore_training(directory, model=model, preprocess=other, optimizer=optimizer_of(model))

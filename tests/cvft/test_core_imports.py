@@ -47,7 +47,7 @@ print("ok")
 '''
 
 
-def test_the_core_trains_and_evaluates_where_only_torch_and_numpy_are_installed():
+def test_the_core_trains_and_evaluates_where_only_torch_numpy_and_safetensors_are_installed():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

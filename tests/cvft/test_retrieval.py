@@ -92,8 +92,9 @@ def test_targets_say_where_the_true_references_are():
     reference = _random(50, 32)
     target = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:20]
     assert rank_matches(reference[target], reference, target=target).recall_at(1) == 1
-    with pytest.raises(ValueError, match="target names reference 50"):
-        rank_matches(reference[:1], reference, target=torch.tensor([50]))
+    for target in (50, -1):
+        with pytest.raises(ValueError, match=f"target names references {target} to {target}, but there are 0 to 49"):
+            rank_matches(reference[:1], reference, target=torch.tensor([target]))
 
 
 def test_query_and_reference_are_not_exchanged():

@@ -120,12 +120,13 @@ def test_a_workers_data_error_ends_the_job_as_the_users_error(tiny, ray_cluster,
         train.train(tiny(f"data.manifest={moved}", "train.workers=2", "train.max_failures=1"))
 
 
-def test_evaluate_and_report_from_the_command_line(tiny, manifest_uri, tmp_path, capfd):
+def test_evaluate_and_report_from_the_command_line(tiny, manifest_uri, tmp_path, capfd, caplog):
     result = train.train(tiny("train.num_epochs=1"))
     where = ["--checkpoint", result["checkpoint"], "--manifest", manifest_uri]
-    code, measured, err = _main(evaluate, where, capfd)
+    with caplog.at_level("INFO", logger="cvft"):
+        code, measured, _ = _main(evaluate, where, capfd)
     assert (code, measured["recall_at_1"], measured["chance"]) == (0, result["recall_at_1"], result["chance"])
-    assert "R@10" in err
+    assert "R@10" in caplog.text
     code, made, _ = _main(report, [*where, "--out", str(tmp_path / "report")], capfd)
     assert code == 0
     assert "<html" in Path(made["report"]).read_text()
@@ -143,7 +144,7 @@ def test_other_preprocessing_than_trained_with_is_refused_unless_said(tiny, mani
 
 
 def test_evaluating_what_is_no_checkpoint_says_so(manifest_uri, tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="give the directory of a checkpoint"):
         evaluate.evaluate_checkpoint(str(tmp_path / "nothing"), manifest_uri)
 
 
