@@ -32,5 +32,9 @@ class StoreError(CvftError):
     """A storage location that cannot be reached, read or written."""
 
 
+class ClusterError(CvftError):
+    """A Ray cluster that cannot be reached, or that cannot hold what is asked of it."""
+
+
 class MissingExtraError(CvftError):
     """A feature whose optional package is not installed; the message names the extra to install."""

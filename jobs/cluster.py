@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import ray
 
+from cvft.errors import ClusterError
 from jobs.entry import LOGGER
 
 
@@ -25,7 +26,11 @@ def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         LOGGER.info("joining the Ray cluster at %s", address)
-        ray.init()
+        try:
+            ray.init()
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())
+            raise ClusterError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {reason}") from error
     else:
         # With its dashboard: Ray Train asks its state API whether a training is still alive.
         # Ray 2.60 turns on token authentication unless told; this Ray listens to this machine alone.
@@ -33,7 +38,7 @@ def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, num_cpus)
         LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
-        ray.init(num_cpus=cpus, include_dashboard=True, configure_logging=False)
+        ray.init("local", num_cpus=cpus, include_dashboard=True, configure_logging=False)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,13 @@ class TrackingConfig:
     Attributes:
         uri: Tracking URI; relative sqlite paths are relative to the working directory.
         experiment: Experiment's name.
-        registered_model: Name under which models are registered.
-        alias: Alias moved to a newly registered model.
+        registered_model: Name under which `train` registers its best checkpoint; none registers nothing.
+        alias: Alias that is moved to it.
     """
 
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "cvft"
-    registered_model: str = "cvft"
+    registered_model: str | None = None
     alias: str = "champion"
 
 
@@ -124,6 +124,23 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         is_safe = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)
         require(bool(is_safe), f"name: {self.name!r} must be letters, digits, '.', '_' and '-': it names a folder")
+
+    @property
+    def folder(self) -> str:
+        """URI of the run's folder."""
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    def located(self) -> ExperimentConfig:
+        """Return the same with absolute paths: Ray's workers run in folders of their own."""
+        weights, cache = self.model.backbone.weights, self.data.cache
+        backbone = replace(self.model.backbone, weights=weights and _absolute(weights))
+        data = replace(self.data, manifest=_absolute(self.data.manifest), cache=cache and _absolute(cache))
+        model = replace(self.model, backbone=backbone)
+        return replace(self, output=_absolute(self.output), data=data, model=model)
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> ExperimentConfig:

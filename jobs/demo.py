@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from cvft.configuration import to_plain
+from cvft.errors import ConfigError
 from jobs import entry, evaluate
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, load
 from jobs.report import write_report
-from jobs.train import train
+from jobs.train import register, train
 from pipeline.build import build_shards
 from pipeline.evaluation import evaluate_checkpoint
-from pipeline.manifest import Manifest
 from pipeline.synthetic.write import TownConfig, write_town
-from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import Run
-from pipeline.tracking.server import prepare
 
 Result = dict[str, Any]
+_OWN_PLACES = ("output=", "data.manifest=", "tracking.")
 
 
 class Stages:
@@ -41,8 +40,17 @@ class Stages:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self._done = self._read()
         self.num_run = 0
+
+    def _read(self) -> dict[str, Any]:
+        if not self._file.exists():
+            return {}
+        try:
+            return dict(json.loads(self._file.read_text()))
+        except ValueError:
+            entry.LOGGER.warning("%s is damaged: every stage looks at its files anew", self._file)
+            return {}
 
     def run(self, name: str, inputs: Result, work: Callable[[], Result]) -> Result:
         """Return the stage's result, doing the work only if its inputs changed or files it made are gone.
@@ -85,7 +93,7 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
         config = _for_this_data(config, sharded, out)
         trained = stages.run("train", to_plain(config), lambda: on_ray(lambda: _train(config)))
     measured = stages.run("evaluate and report", trained, lambda: _evaluate_and_report(out, config, trained))
-    registered = stages.run("register", measured, lambda: _register(config, trained, measured))
+    registered = stages.run("register", trained, lambda: _register(config, trained))
     if not stages.num_run:
         entry.LOGGER.info("everything is up to date; delete %s to begin anew", out)
     _tell(measured, registered, config)
@@ -104,7 +112,8 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
 
 def _for_this_data(config: ExperimentConfig, sharded: Result, out: Path) -> ExperimentConfig:
     """Point the preset at the demo's shards; another configuration or dataset is another run."""
-    tracking = dataclasses.replace(config.tracking, uri=f"sqlite:///{out / 'mlflow.db'}")
+    database = f"sqlite:///{out / 'mlflow.db'}"
+    tracking = dataclasses.replace(config.tracking, uri=database, registered_model="cvft")
     data = dataclasses.replace(config.data, manifest=sharded["manifest"])
     config = dataclasses.replace(config, data=data, tracking=tracking, output=str(out / "runs"))
     plain = json.dumps([to_plain(config), sharded["digest"]], sort_keys=True)
@@ -123,49 +132,33 @@ def _shard(out: Path) -> Result:
 
 def _train(config: ExperimentConfig) -> Result:
     result = train(config)
-    return {**result, "files": [result["checkpoint"]]}
+    return {**result, "files": [result["checkpoint"], *_database(config)]}
 
 
 def _evaluate_and_report(out: Path, config: ExperimentConfig, trained: Result) -> Result:
     found = evaluate_checkpoint(trained["checkpoint"], config.data.manifest, split=config.data.eval_split)
-    run = _open(config, trained)
     files = write_report(
         found, out / "report", title="A town never seen: which aerial image shows this place?", facts=_facts(trained)
     )
-    run.log_artifacts([files.html, *files.pngs], artifact_path="report")
+    _run_of(config, trained).log_artifacts([files.html, *files.pngs], artifact_path="report")
     return {
         "metrics": found.result.metrics(),
         "one_percent_k": found.result.one_percent_k,
         "report": str(files.html),
-        "files": [str(files.html)],
+        "files": [str(files.html), *map(str, files.pngs)],
     }
 
 
-def _register(config: ExperimentConfig, trained: Result, measured: Result) -> Result:
-    metrics = measured["metrics"]
-    version = register_model(
-        _open(config, trained),
-        Path(trained["checkpoint"]),
-        name=config.tracking.registered_model,
-        alias=config.tracking.alias,
-        metrics=metrics,
-        description=(
-            f"{config.model.head.kind} head, trained {trained['epoch']} epochs on the synthetic town (manifest "
-            f"{Manifest.load(config.data.manifest).digest[:16]}). On {metrics['num_queries']:,} queries from a part of "
-            f"the town that training never saw: R@1 {metrics['recall_at_1']:.1%}, R@10 {metrics['recall_at_10']:.1%}; "
-            f"a guess has {metrics['chance']:.1%}."
-        ),
-    )
-    return {
-        "model": f"models:/{config.tracking.registered_model}@{config.tracking.alias}",
-        "version": version,
-        "files": [],
-    }
+def _register(config: ExperimentConfig, trained: Result) -> Result:
+    return {**register(config, _run_of(config, trained), trained), "files": _database(config)}
 
 
-def _open(config: ExperimentConfig, trained: Result) -> Run:
-    tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
-    return Run(uri=tracking.uri, run_id=trained["run_id"])
+def _run_of(config: ExperimentConfig, trained: Result) -> Run:
+    return Run(uri=config.tracking.uri, run_id=trained["run_id"])
+
+
+def _database(config: ExperimentConfig) -> list[str]:
+    return [config.tracking.uri.removeprefix("sqlite:///")]
 
 
 def _facts(trained: Result) -> dict[str, object]:
@@ -196,6 +189,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Result:
+    for override in arguments.overrides:
+        if override.startswith(_OWN_PLACES):
+            raise ConfigError(f"{override}: the demo keeps everything in --out; name a folder there")
     town = TownConfig(num_pairs=arguments.pairs, seed=arguments.seed)
     # The manifest is not there yet; the name is filled in when it is.
     config = load("town", ["data.manifest=unknown", *arguments.overrides])

@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from errno import ENOSPC
 from typing import Any, NoReturn
 
-from cvft.errors import CvftError
+from cvft.errors import CvftError, StoreError
 
 LOGGER = logging.getLogger("cvft")
 LINE_INTERVAL_S = 10.0
+# A file where a folder should be, a folder that may not be written: the user's, wherever they surface.
+_USERS_OS_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     job.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand on either side of an option
+    log_to_stderr()
     try:
         with _stdout_to_stderr():
             result = job.run(arguments)
@@ -88,13 +91,18 @@ def find_user_error(error: BaseException) -> CvftError | None:
     """Return the user's error inside `error`: Ray wraps what its tasks and workers raise."""
     if isinstance(error, CvftError) and not hasattr(error, "cause"):
         return error
-    inner = [getattr(error, "cause", None), error.__cause__]
-    inner += list(getattr(error, "worker_failures", {}).values())
-    for candidate in inner:
+    if isinstance(error, OSError) and error.filename and (isinstance(error, _USERS_OS_ERRORS) or error.errno == ENOSPC):
+        return StoreError(f"{error.filename}: {error.strerror}; name another place or mend this one")
+    for candidate in (getattr(error, "cause", None), error.__cause__):
         found = find_user_error(candidate) if isinstance(candidate, BaseException) else None
         if found is not None:
             return found
     return None
+
+
+def log_to_stderr() -> None:
+    """Print log lines to standard error, with the time."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 @contextlib.contextmanager

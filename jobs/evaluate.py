@@ -31,11 +31,14 @@ def run(arguments: argparse.Namespace) -> Evaluation:
     overrides = read_overrides(arguments.overrides)
     if unknown := sorted(overrides.keys() - {"preprocess"}):
         raise ConfigError(f"{unknown[0]}: only preprocess.* can be changed here; the rest is the checkpoint's own")
+    changes = overrides.get("preprocess", {})
+    if not isinstance(changes, dict):
+        raise ConfigError(f"preprocess: expected preprocess.key=value, got preprocess={changes!r}")
     return evaluate_checkpoint(
         arguments.checkpoint,
         arguments.manifest,
         split=arguments.split,
-        preprocess_changes=overrides.get("preprocess"),
+        preprocess_changes=changes,
         allow_other_preprocess=arguments.allow_other_preprocess,
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
@@ -72,7 +75,7 @@ def recall_table(metrics: dict[str, float], one_percent_k: int) -> str:
 JOB = entry.Job(
     name="evaluate",
     summary="Measure a checkpoint's recall on a split of a manifest; equal scores count against the query.",
-    example="cvft evaluate --checkpoint $(ls -d demo/runs/town/checkpoints/* | tail -1)"
+    example="cvft evaluate --checkpoint $(ls -d demo/runs/town-*/checkpoints/* | tail -1)"
     " --manifest $(ls demo/shards/manifests/*.parquet)",
     add_arguments=add_evaluation_arguments,
     run=_run,

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cvft.errors import ConfigError
 from cvft.preprocess import Preprocess
 from jobs import entry, evaluate
 from jobs.commit import code_commit
@@ -105,6 +106,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.examples < 1:
+        raise ConfigError(f"--examples {arguments.examples}: show at least 1")
     found = evaluate.run(arguments)
     files = write_report(found, arguments.out, title=arguments.title, facts={}, num_examples=arguments.examples)
     return {"report": str(files.html.absolute()), "pictures": len(files.pngs), **found.result.metrics()}
@@ -113,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 JOB = entry.Job(
     name="report",
     summary="Make the HTML report of a checkpoint: recalls, best and worst answers, the transport, the training.",
-    example="cvft report --checkpoint $(ls -d demo/runs/town/checkpoints/* | tail -1)"
+    example="cvft report --checkpoint $(ls -d demo/runs/town-*/checkpoints/* | tail -1)"
     " --manifest $(ls demo/shards/manifests/*.parquet) --out report",
     add_arguments=_add_arguments,
     run=_run,

@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 JOB = entry.Job(
     name="shard",
     summary="Write raw pairs to WebDataset shards with a manifest; started again, it writes only what is missing.",
-    example="cvft shard --root demo/town --store demo/shards",
+    example="cvft shard --root demo/town --store shards",
     add_arguments=_add_arguments,
     run=_run,
 )

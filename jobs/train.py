@@ -8,35 +8,43 @@ The run's name decides where it lives: the same name and configuration continues
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import logging
 import sys
+from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from cvft.checkpoint import read_info
-from cvft.configuration import dotted_values, parse, to_plain
-from cvft.distributed import current_world
-from cvft.errors import ConfigError, CvftError, TrainingError
+from cvft.configuration import dotted_values, to_plain
+from cvft.errors import ClusterError, ConfigError
 from jobs import entry, worker
-from jobs.cluster import ray_session
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig, load
+from jobs.ray_train import train_on_ray
 from pipeline.checkpoints import checkpoint_name, fetch
 from pipeline.dataset import default_cache
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
+from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import Run, open_run
 from pipeline.tracking.server import prepare
 
 RUN_FILE = "run.json"
-_USER_ERROR_FILE = "user_error.json"
-# What may differ when a run is continued: none of it changes the numbers by more than rounding.
-_FREE_KEYS = ("train.workers", "train.use_gpu", "train.max_failures", "data.num_threads", "data.cache", "data.manifest")
+# What may differ when a run is continued: where things lie and what computes. The numbers stay the same to rounding,
+# but for dropout, whose masks depend on the number of workers.
+_FREE_KEYS = (
+    "output",
+    "data.manifest",
+    "data.cache",
+    "data.num_threads",
+    "train.workers",
+    "train.use_gpu",
+    "train.max_failures",
+    "tracking.uri",
+    "tracking.registered_model",
+    "tracking.alias",
+)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,40 +54,89 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(config: ExperimentConfig) -> dict[str, Any]:
-    """Train, or go on training, as configured and return the result of the best checkpoint.
+    """Train, or go on training, as configured; register the best checkpoint if the configuration names a model.
+
+    Returns:
+        Run, best checkpoint, its numbers, and the registered version if there is one.
 
     Raises:
         CvftError: The configuration, the data, the store or the run's folder cannot be used.
     """
+    config = config.located()
     manifest = Manifest.load(config.data.manifest)
+    _check(config, manifest)
+    run = _open_run(config, manifest)
+    try:
+        if _epochs_done(config) >= config.train.num_epochs:
+            entry.LOGGER.info("run %s is up to date: all %d epochs are done", config.name, config.train.num_epochs)
+        elif config.train.workers == 1:
+            device = torch.device("cuda" if config.train.use_gpu else "cpu")
+            record = _recorder(run)
+            worker.train(config, device=device, on_epoch=record)
+        else:
+            train_on_ray(config, run)
+        result = _result(config, run)
+        if config.tracking.registered_model is not None:
+            result |= register(config, run, result)
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    run.finish()
+    return result
+
+
+def register(config: ExperimentConfig, run: Run, result: dict[str, Any], description: str = "") -> dict[str, Any]:
+    """Register the best checkpoint of a training, unless it is registered, and move the alias to it.
+
+    Returns:
+        `model`, the URI by which MLflow loads it, and `version`.
+    """
+    name, alias = config.tracking.registered_model, config.tracking.alias
+    if name is None:
+        raise ConfigError("tracking.registered_model: set a name to register a model under")
+    version = register_model(
+        run,
+        fetch(result["checkpoint"], cache=default_cache().parent),
+        name=name,
+        alias=alias,
+        metrics={key: value for key, value in result.items() if key.startswith(("recall_at_", "chance"))},
+        description=description or _description(config, result),
+    )
+    return {"model": f"models:/{name}@{alias}", "version": version}
+
+
+def _description(config: ExperimentConfig, result: dict[str, Any]) -> str:
+    return (
+        f"{config.name}: {config.model.head.kind} head, epoch {result['epoch']} of {config.train.num_epochs}, trained "
+        f"on split {config.data.train_split} of manifest {result['digest'][:16]}. On {result['num_queries']:,} queries "
+        f"of split {config.data.eval_split}: R@1 {result['recall_at_1']:.1%}, R@5 {result['recall_at_5']:.1%}, "
+        f"R@10 {result['recall_at_10']:.1%}; a guess finds {result['chance']:.2%}."
+    )
+
+
+def _check(config: ExperimentConfig, manifest: Manifest) -> None:
+    """Refuse what cannot work before anything is written."""
     for split in (config.data.train_split, config.data.eval_split):
-        manifest.split(split)  # refuse a wrong name before anything starts
+        manifest.split(split)
+    if config.train.use_gpu and config.train.workers == 1 and not torch.cuda.is_available():
+        raise ClusterError("train.use_gpu: this machine has no GPU that torch can use; set train.use_gpu=false")
     backbone = config.model.backbone
     if backbone.weights is None and backbone.num_frozen_blocks:
         entry.LOGGER.warning(
             "model.backbone.weights is not set: the %d frozen blocks stay at their random values",
             backbone.num_frozen_blocks,
         )
-    run = _open_run(config, manifest)
-    if _epochs_done(config) >= config.train.num_epochs:
-        entry.LOGGER.info("run %s is up to date: all %d epochs are done", config.name, config.train.num_epochs)
-    elif config.train.workers == 1:
-        device = torch.device("cuda" if config.train.use_gpu else "cpu")
-        worker.train(config, device=device, on_epoch=_Recorder(run))
-    else:
-        _train_on_ray(config, run)
-    run.finish()
-    return _result(config, run)
 
 
 def _open_run(config: ExperimentConfig, manifest: Manifest) -> Run:
     """Open the MLflow run of this training's folder; one of the same configuration goes on."""
-    store = Store.from_uri(folder_of(config))
+    store = Store.from_uri(config.folder)
     plain = to_plain(config)
-    if store.exists(RUN_FILE):
+    # Without a checkpoint there is nothing yet that another configuration could not go on from.
+    if store.exists(RUN_FILE) and worker.checkpoints_of(config).names():
         _refuse_other_configuration(plain, json.loads(store.read_bytes(RUN_FILE)), manifest)
-    store.write_bytes(RUN_FILE, json.dumps({"manifest_digest": manifest.digest, "config": plain}, indent=2).encode())
     tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
+    store.write_bytes(RUN_FILE, json.dumps({"manifest_digest": manifest.digest, "config": plain}, indent=2).encode())
     run = open_run(
         tracking,
         name=config.name,
@@ -110,82 +167,34 @@ def _refuse_other_configuration(plain: dict[str, Any], known: dict[str, Any], ma
         )
 
 
-def _train_on_ray(config: ExperimentConfig, run: Run) -> None:
-    resources = {"CPU": 1, "GPU": 1} if config.train.use_gpu else {"CPU": 1}
-    store = Store.from_uri(folder_of(config))
-    store.delete(_USER_ERROR_FILE)
-    filesystem, path = store.arrow
-    with ray_session(num_cpus=config.train.workers):
-        trainer = TorchTrainer(
-            _run_worker,
-            train_loop_config={"config": to_plain(config), "run": dataclasses.asdict(run)},
-            torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.train.workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            ),
-        )
-        trainer.fit()
-    if store.exists(_USER_ERROR_FILE):
-        raise TrainingError(json.loads(store.read_bytes(_USER_ERROR_FILE))["message"])
-
-
-def _run_worker(settings: dict[str, Any]) -> None:
-    """Train as one Ray Train worker."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = parse(ExperimentConfig, settings["config"])
-    store = Store.from_uri(folder_of(config))
-    if store.exists(_USER_ERROR_FILE):
-        return  # restarted after an error that no restart can mend; the driver raises it
-    try:
-        worker.train(config, device=ray.train.torch.get_device(), on_epoch=_Recorder(Run(**settings["run"])))
-    except CvftError as error:
-        store.write_bytes(_USER_ERROR_FILE, json.dumps({"message": str(error)}).encode())
-        raise
-
-
-class _Recorder:
-    """Sends an epoch's numbers to MLflow from rank 0, and to Ray where it runs there."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def __call__(self, metrics: worker.Metrics) -> None:
-        world = current_world()
-        if world.rank == 0:
-            self._run.log_metrics(metrics, step=int(metrics["step"]))
-        if world.size > 1:
-            ray.train.report(metrics)
-
-
-def folder_of(config: ExperimentConfig) -> str:
-    """Return the URI of a run's folder."""
-    return f"{config.output.rstrip('/')}/{config.name}"
+def _recorder(run: Run) -> worker.OnEpoch:
+    return lambda metrics: run.log_metrics(metrics, step=int(metrics["step"]))
 
 
 def _epochs_done(config: ExperimentConfig) -> int:
+    newest = _newest(config)
+    return read_info(newest).epoch if newest else 0
+
+
+def _newest(config: ExperimentConfig) -> Path | None:
     checkpoints = worker.checkpoints_of(config)
     names = checkpoints.names()
-    return read_info(fetch(checkpoints.uri(names[-1]), cache=default_cache().parent)).epoch if names else 0
+    return fetch(checkpoints.uri(names[-1]), cache=default_cache().parent) if names else None
 
 
 def _result(config: ExperimentConfig, run: Run) -> dict[str, Any]:
-    checkpoints = worker.checkpoints_of(config)
-    newest = read_info(fetch(checkpoints.uri(checkpoints.names()[-1]), cache=default_cache().parent))
-    history = worker.History(**newest.training)
+    newest = _newest(config)
+    if newest is None:
+        raise RuntimeError(f"{config.folder}: the training ended without a checkpoint")
+    info = read_info(newest)
+    history = worker.History(**info.training)
     (best,) = (metrics for metrics in history.epochs if checkpoint_name(int(metrics["epoch"])) == history.best)
     return {
         "run_id": run.run_id,
-        "checkpoint": checkpoints.uri(history.best),
+        "checkpoint": worker.checkpoints_of(config).uri(history.best),
+        "digest": info.manifest_digest,
         **best,
-        "step": int(best["step"]),
-        "epoch": int(best["epoch"]),
-        "epochs_done": newest.epoch,
+        "epochs_done": info.epoch,
     }
 
 

@@ -30,6 +30,7 @@ from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 
 Metrics = dict[str, float]
+OnEpoch = Callable[[Metrics], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ class History:
 
 def checkpoints_of(config: ExperimentConfig) -> CheckpointFolder:
     """Return the folder of a run's checkpoints."""
-    return CheckpointFolder(f"{config.output.rstrip('/')}/{config.name}/checkpoints")
+    return CheckpointFolder(f"{config.folder}/checkpoints")
 
 
-def train(config: ExperimentConfig, *, device: torch.device, on_epoch: Callable[[Metrics], None]) -> None:
+def train(config: ExperimentConfig, *, device: torch.device, on_epoch: OnEpoch) -> None:
     """Train from the newest checkpoint, or from the start, to the last epoch.
 
     Args:

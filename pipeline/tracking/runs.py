@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from cvft.configuration import dotted_values
-from pipeline.tracking.server import Tracking, tracking_client
+from pipeline.tracking.server import Tracking, store_errors, tracking_client
 
 T = TypeVar("T")
 
@@ -122,16 +122,20 @@ def open_run(
         config: The resolved configuration, see `Run.log_config`.
         commit: Commit of the code.
         tags: Further tags.
+
+    Raises:
+        StoreError: MLflow cannot use the place.
     """
-    run = find_run(tracking, identity=identity)
     client = tracking_client(tracking.uri)
-    if run is None:
-        created = client.create_run(tracking.experiment_id, run_name=name, tags={IDENTITY_TAG: _hash(identity)})
-        run = Run(uri=tracking.uri, run_id=created.info.run_id)
-    else:
-        client.update_run(run.run_id, status="RUNNING")
-    run.log_config(config)
-    run.set_tags({**({"mlflow.source.git.commit": commit} if commit else {}), **(tags or {})})
+    with store_errors(tracking.uri):
+        run = find_run(tracking, identity=identity)
+        if run is None:
+            created = client.create_run(tracking.experiment_id, run_name=name, tags={IDENTITY_TAG: _hash(identity)})
+            run = Run(uri=tracking.uri, run_id=created.info.run_id)
+        else:
+            client.update_run(run.run_id, status="RUNNING")
+        run.log_config(config)
+        run.set_tags({**({"mlflow.source.git.commit": commit} if commit else {}), **(tags or {})})
     return run
 
 

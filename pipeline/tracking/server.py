@@ -6,9 +6,11 @@ can make it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,22 +52,33 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
         StoreError: MLflow cannot use this place.
     """
     uri, artifacts = _resolve(uri)
-    try:
+    with store_errors(uri):
         client = tracking_client(uri)
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+    if found and found.lifecycle_stage != "active":
+        raise StoreError(f"tracking.experiment: {experiment!r} was deleted in {uri}; restore it or name another")
+    return Tracking(uri=uri, experiment_id=experiment_id)
+
+
+@contextlib.contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises where a place cannot be used into a StoreError of one line."""
+    try:
+        yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise StoreError(
             f"tracking.uri={uri}: MLflow cannot use it: {reason}; give {SQLITE}FILE or a server"
         ) from error
-    return Tracking(uri=uri, experiment_id=experiment_id)
 
 
 @functools.cache
 def tracking_client(uri: str) -> MlflowClient:
     """Return this process's client of a place; telemetry and bars are off unless the environment says otherwise."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow tries an absent server for minutes by default; this is about ten seconds.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     mlflow.telemetry.set_telemetry_client()
     # Thirty lines of schema migrations at every new file tell a user nothing.

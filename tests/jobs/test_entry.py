@@ -74,10 +74,28 @@ def test_the_dispatcher_lists_the_jobs_and_refuses_others(capfd):
 
 
 def test_a_users_error_is_found_below_other_errors():
-    outer = RuntimeError("workers failed")
-    outer.worker_failures = {1: DataError("shard 3 is damaged")}
-    assert isinstance(entry.find_user_error(outer), CvftError)
+    outer = RuntimeError("the stage failed")
+    outer.__cause__ = DataError("shard 3 is damaged")
+    assert entry.find_user_error(outer) is outer.__cause__
     assert entry.find_user_error(RuntimeError("x")) is None
+
+
+def test_a_file_where_a_folder_should_be_is_the_users_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        (tmp_path / "file" / "inside").mkdir()
+    assert isinstance(entry.find_user_error(caught.value), CvftError)
+    assert entry.find_user_error(FileNotFoundError(2, "gone", "ours")) is None
+
+
+def test_overrides_may_stand_on_either_side_of_an_option(capfd):
+    def arguments(parser):
+        parser.add_argument("--config", required=True)
+        parser.add_argument("overrides", nargs="*")
+
+    job = entry.Job(name="job", summary="A job.", example="x", add_arguments=arguments, run=vars)
+    assert entry.main(job, ["a=1", "--config", "c", "b=2"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"config": "c", "overrides": ["a=1", "b=2"]}
 
 
 def test_progress_in_a_log_is_one_line_at_intervals_and_the_last_one(caplog):

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from cvft.errors import StoreError
 from pipeline.tracking.runs import Run, find_run, open_run
-from pipeline.tracking.server import prepare
+from pipeline.tracking.server import prepare, tracking_client
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -99,3 +99,16 @@ Run(uri={run.uri!r}, run_id={run.run_id!r}).log_metrics({{"loss": 3}}, step=7)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     (metric,) = Run(uri=run.uri, run_id=run.run_id).client.get_metric_history(run.run_id, "loss")
     assert (metric.value, metric.step) == (3.0, 7)
+
+
+def test_a_deleted_experiment_and_an_absent_server_are_one_line_each(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = prepare(uri, experiment="old")
+    tracking_client(tracking.uri).delete_experiment(tracking.experiment_id)
+    with pytest.raises(
+        StoreError, match=r"tracking.experiment: 'old' was deleted in sqlite.*restore it or name another"
+    ):
+        prepare(uri, experiment="old")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(StoreError, match="MLflow cannot use it"):
+        prepare("http://127.0.0.1:9", experiment="old")
