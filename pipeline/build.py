@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from typing import Any
 
 import ray
 
-from cvft.errors import CvftError, DataError, StoreError
+from cvft.configuration import require
+from cvft.errors import CvftError, DataError, ShardError, StoreError
 from pipeline.manifest import Manifest, pair_table
 from pipeline.sampler import epoch_permutation
 from pipeline.schema import PairSource
@@ -27,6 +29,7 @@ from pipeline.sources.detect import open_source
 from pipeline.storage import Store
 
 _MAX_RETRIES = 3
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +89,12 @@ def build_shards(
         progress: Called with the number of pairs in finished shards and of all pairs.
 
     Raises:
+        ConfigError: `pairs_per_shard`, `seed` or `window` is out of range.
         DataError: The folder is of no known layout, has no pairs, or has unusable ones and `skip_unusable` is not set.
         StoreError: The store cannot be written.
     """
     started = time.monotonic()
+    _require_in_range(pairs_per_shard=pairs_per_shard, seed=seed, window=window)
     scan = open_source(root, layout=layout, split=split)
     _refuse_unusable(scan.problems, num_usable=len(scan.pairs), skip_unusable=skip_unusable)
     plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
@@ -166,6 +171,12 @@ def assemble_manifest(
     )
 
 
+def _require_in_range(*, pairs_per_shard: int, seed: int, window: int | None) -> None:
+    require(pairs_per_shard >= 1, f"pairs_per_shard: {pairs_per_shard} must be at least 1")
+    require(0 <= seed < 2**64, f"seed: {seed} must lie in [0, 2**64)")
+    require(window is None or window >= 1, f"window: {window} must be at least 1")
+
+
 def _refuse_unusable(problems: Sequence[Problem], *, num_usable: int, skip_unusable: bool) -> None:
     summary = unusable_summary(problems, num_usable=num_usable)
     if summary and not (skip_unusable and num_usable):
@@ -179,7 +190,11 @@ def _finished_entries(specs: Sequence[ShardSpec], store: Store, *, folder: str) 
     entries = {}
     for spec in specs:
         if {spec.sidecar, spec.name} <= present:
-            entry = read_entry(store, spec.sidecar)
+            try:
+                entry = read_entry(store, spec.sidecar)
+            except ShardError as error:
+                _LOGGER.warning("%s is written again: %s", spec.name, error)
+                continue
             is_whole = entry.fingerprint == spec.fingerprint() and entry.info.num_pairs == len(spec.pairs)
             if is_whole and store.size(spec.name) == entry.info.num_bytes:
                 entries[spec.name] = entry

@@ -6,6 +6,7 @@ A checkpoint counts once its `checkpoint.json` is there, which is uploaded last.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,9 +18,11 @@ from cvft.errors import CheckpointError
 from cvft.model import CrossViewModel
 from pipeline.storage import Store
 
+_INFO_PATH = re.compile(rf"epoch-\d+/{re.escape(INFO_FILE)}")
+
 
 def checkpoint_name(epoch: int) -> str:
-    """Name the checkpoint after so many epochs; names sort by age."""
+    """Name the checkpoint after so many epochs."""
     return f"epoch-{epoch:04d}"
 
 
@@ -31,8 +34,9 @@ class CheckpointFolder:
 
     def names(self) -> list[str]:
         """List the whole checkpoints, oldest first."""
-        folders = [path.split("/")[0] for path in self._store.list() if path.endswith(f"/{INFO_FILE}")]
-        return [name for name in folders if not name.startswith(".")]  # those are being written, or were
+        # Folders of other names are being written, or were, or are not ours.
+        names = [path.partition("/")[0] for path in self._store.list() if _INFO_PATH.fullmatch(path)]
+        return sorted(names, key=lambda name: int(name.removeprefix("epoch-")))
 
     def uri(self, name: str) -> str:
         """Return the URI of a checkpoint, as `evaluate --checkpoint` takes it."""
@@ -65,24 +69,32 @@ def fetch(uri: str, *, cache: Path) -> Path:
     """Return a checkpoint as a local directory; a remote one is copied into `cache` once.
 
     Raises:
-        CheckpointError: There is no checkpoint at `uri`.
+        CheckpointError: There is no checkpoint at `uri`, or its copy cannot be written.
+        StoreError: It cannot be read.
     """
     store = Store.from_uri(uri)
+    if not store.exists(INFO_FILE):
+        raise CheckpointError(f"{uri}: no checkpoint here ({INFO_FILE} is missing); `train` prints a checkpoint's URI")
     local = store.local_path("")
     if local is not None:
         return local
-    if not store.exists(INFO_FILE):
-        raise CheckpointError(f"{uri}: no checkpoint here ({INFO_FILE} is missing); `train` prints a checkpoint's URI")
     # The information file holds the hashes of the others: equal text, equal checkpoint.
     target = cache / "checkpoints" / hashlib.sha256(store.read_bytes(INFO_FILE)).hexdigest()[:32]
     if not (target / INFO_FILE).exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent))
-        for name in store.list():
-            with store.open_input(name) as source, (temporary / name).open("wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
-        if target.exists():
-            shutil.rmtree(temporary)  # another process was faster
-        else:
-            temporary.rename(target)
+        _copy(store, target)
     return target
+
+
+def _copy(store: Store, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            whole = Path(folder) / "checkpoint"
+            whole.mkdir()
+            for name in store.list():
+                with store.open_input(name) as source, (whole / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+            whole.rename(target)
+    except OSError as error:
+        if not (target / INFO_FILE).exists():  # otherwise another process was faster, and its copy is equal
+            raise CheckpointError(f"{target}: cannot keep a copy of {store.uri()} here: {error.strerror}") from error

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from cvft.errors import ShardError
+from cvft.errors import ShardError, StoreError
 from pipeline.manifest import Manifest, ShardInfo
 from pipeline.storage import Store
 
@@ -114,10 +114,10 @@ def _local_file(store: Store, shard: ShardInfo, cache: Path) -> Path:
 
 
 def _fetch(store: Store, shard: ShardInfo, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     content = hashlib.sha256()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with store.open_input(shard.name) as source, temporary.open("wb") as stream:
             while chunk := source.read(_COPY_BYTES):
                 content.update(chunk)
@@ -125,6 +125,8 @@ def _fetch(store: Store, shard: ShardInfo, target: Path) -> None:
         if content.hexdigest() != shard.sha256:
             raise ShardError(f"{store.uri(shard.name)}: its sha256 is not the manifest's; shard again")
         temporary.replace(target)
+    except OSError as error:
+        raise StoreError(f"{target}: cannot keep a copy of the shard here: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

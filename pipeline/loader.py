@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cvft.batch import Batch
 from cvft.config import PreprocessConfig
+from cvft.configuration import require
 from cvft.errors import DataError
 from pipeline import sampler
 from pipeline.dataset import PairDataset
@@ -62,9 +63,10 @@ class Loader:
             num_threads: Decoding threads.
 
         Raises:
-            ConfigError: The global batch is not divisible by the number of ranks.
+            ConfigError: The global batch is not divisible by the number of ranks, or there are no threads.
         """
         sampler.check_divisible(batch_size, world_size=world_size)
+        require(num_threads >= 1, f"num_threads: {num_threads} must be at least 1")
         self.num_steps = len(dataset) // batch_size
         self._dataset = dataset
         self._preprocess = preprocess

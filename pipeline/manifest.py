@@ -111,6 +111,7 @@ class Manifest:
             ShardError: The name is not a manifest's, the file is damaged, or its content is not what its name says.
             StoreError: It cannot be read.
         """
+        uri = Store.from_uri(uri).uri()  # absolute, so that `manifests/x.parquet` names its store as well
         store_uri, _, name = uri.rpartition(f"/{_FOLDER}/")
         if not store_uri or not name.endswith(".parquet"):
             raise ShardError(f"{uri}: is no manifest; name <store>/{_FOLDER}/<digest>.parquet as `shard` printed it")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from cvft.configuration import require
 from cvft.errors import ConfigError
 
 Indices = npt.NDArray[np.int64]
@@ -32,9 +33,10 @@ def check_divisible(batch_size: int, *, world_size: int) -> None:
     """Refuse a global batch that cannot be cut into equal parts.
 
     Raises:
-        ConfigError: It is not a multiple of the number of ranks.
+        ConfigError: It is not a positive multiple of the number of ranks.
     """
-    if batch_size < 1 or batch_size % world_size:
+    require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
+    if batch_size % world_size:
         raise ConfigError(f"batch_size: {batch_size} is no multiple of {world_size} ranks; use one")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from cvft.errors import ShardError
 from pipeline.manifest import ShardInfo
 from pipeline.schema import PairSource
 from pipeline.sources.base import Problem
@@ -83,7 +84,7 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
 
     Raises:
         StoreError: The store cannot be written.
-        OSError: A raw file cannot be read, though it is there.
+        OSError: A raw file has gone since the dataset was scanned.
     """
     fingerprint = spec.fingerprint()
     rows: list[dict[str, Any]] = []
@@ -103,14 +104,24 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
 
 
 def read_entry(store: Store, sidecar: str) -> ShardEntry:
-    """Read a finished shard's sidecar."""
-    content = json.loads(store.read_bytes(sidecar))
-    return ShardEntry(
-        info=ShardInfo(**content["info"]),
-        fingerprint=content["fingerprint"],
-        rows=content["rows"],
-        problems=[Problem(**problem) for problem in content["problems"]],
-    )
+    """Read a finished shard's sidecar.
+
+    Raises:
+        ShardError: It is damaged.
+        StoreError: It cannot be read.
+    """
+    data = store.read_bytes(sidecar)
+    try:
+        content = json.loads(data)
+        return ShardEntry(
+            info=ShardInfo(**content["info"]),
+            fingerprint=content["fingerprint"],
+            rows=content["rows"],
+            problems=[Problem(**problem) for problem in content["problems"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ShardError(f"{store.uri(sidecar)}: is damaged ({reason}); delete it and shard again") from None
 
 
 class TarStream:

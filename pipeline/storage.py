@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import boto3
 import botocore.exceptions
@@ -25,6 +27,8 @@ from cvft.errors import StoreError
 
 # Without these, pyarrow's writes are refused by stores that know no trailing checksums (Ceph answers HTTP 411).
 CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+
+_Translate = Callable[[], AbstractContextManager[None]]
 
 
 class Store:
@@ -47,7 +51,7 @@ class Store:
         if not separator:
             return cls(filesystem=fs.LocalFileSystem(), root=str(Path(text).expanduser().absolute()), scheme="file")
         if scheme == "file":
-            return cls(filesystem=fs.LocalFileSystem(), root=rest, scheme="file")
+            return cls(filesystem=fs.LocalFileSystem(), root=str(Path(unquote(rest)).absolute()), scheme="file")
         if scheme == "s3":
             if not rest.strip("/"):
                 raise StoreError(f"{text}: names no bucket; write s3://bucket/prefix")
@@ -93,25 +97,31 @@ class Store:
     @contextmanager
     def open_input(self, path: str) -> Iterator[Any]:
         """Open a file for reading: `read(n)`, `seek(position)`."""
-        with self._translate(path, "read"), self._filesystem.open_input_file(self._full(path)) as stream:
-            yield stream
+        translate = partial(self._translate, path, "read")
+        with translate():
+            stream = self._filesystem.open_input_file(self._full(path))
+        with stream:
+            yield _Stream(stream, translate)
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[Any]:
         """Open a file for writing (`write(data)`); it appears under its name when the block ends without an error."""
-        with self._translate(path, "write"):
-            if self._scheme == "file":
-                with _atomic_file(Path(self._full(path))) as stream:
-                    yield stream
-                return
-            stream = self._filesystem.open_output_stream(self._full(path))
-            try:
+        translate = partial(self._translate, path, "write")
+        if self._scheme == "file":
+            with _atomic_file(Path(self._full(path)), translate) as stream:
                 yield stream
-            except BaseException:
-                # An S3 stream publishes what it holds when it is closed: take the torso away again.
+            return
+        with translate():
+            stream = self._filesystem.open_output_stream(self._full(path))
+        try:
+            yield _Stream(stream, translate)
+        except BaseException:
+            # An S3 stream publishes what it holds when it is closed: take the torso away again.
+            with translate():
                 stream.close()
                 self._filesystem.delete_file(self._full(path))
-                raise
+            raise
+        with translate():
             stream.close()
 
     def write_bytes(self, path: str, data: bytes) -> None:
@@ -176,6 +186,26 @@ class Store:
             raise StoreError(f"{self.uri(path)}: cannot {verb} it: {reason}") from error
 
 
+class _Stream:
+    """A file of a store whose own errors become the store's; those of the block that uses it stay what they are."""
+
+    def __init__(self, stream: Any, translate: _Translate) -> None:
+        self._stream = stream
+        self._translate = translate
+
+    def read(self, num_bytes: int | None = None) -> bytes:
+        with self._translate():
+            return bytes(self._stream.read(num_bytes))
+
+    def seek(self, position: int) -> None:
+        with self._translate():
+            self._stream.seek(position)
+
+    def write(self, data: bytes) -> None:
+        with self._translate():
+            self._stream.write(data)
+
+
 def _s3_filesystem() -> Any:
     for name in CHECKSUM_VARIABLES:
         os.environ.setdefault(name, "when_required")
@@ -200,13 +230,17 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _atomic_file(target: Path) -> Iterator[Any]:
-    temporary = _temporary_beside(target)
+def _atomic_file(target: Path, translate: _Translate) -> Iterator[_Stream]:
+    with translate():
+        temporary = _temporary_beside(target)
+        stream = temporary.open("wb")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
+        yield _Stream(stream, translate)
+        with translate():
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(target)
+            temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with translate():
+            temporary.unlink(missing_ok=True)
+            stream.close()

@@ -111,7 +111,7 @@ def load_pair(
                 check_decodes(data, info)
         except FileNotFoundError:
             kinds[f"missing_{role}"] = "no such file"
-        except PermissionError as error:
+        except OSError as error:
             kinds["unreadable"] = str(error.strerror)
         except DataError as error:
             kinds[_damage_kind(data)] = str(error)

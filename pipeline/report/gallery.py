@@ -136,6 +136,7 @@ def best_and_worst(result: RetrievalResult, num_examples: int) -> tuple[IntArray
     scores = result.top_scores.numpy()
     lead = scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else np.zeros(len(scores))
     order = np.lexsort((-lead, result.match_rank.numpy()))
+    num_examples = max(num_examples, 0)  # slices count negative numbers from the end
     num_best = min(num_examples, (len(order) + 1) // 2)
     num_worst = min(num_examples, len(order) - num_best)
     return order[:num_best], order[len(order) - num_worst :][::-1]

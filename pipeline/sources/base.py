@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ UNUSABLE_KINDS = frozenset(
         "unreadable",  # neither JPEG nor PNG, or damaged
         "duplicate_key",  # another row with other files or another split has the same key
         "bad_key",  # cannot name members of a tar
-        "bad_row",  # too few columns
+        "bad_row",  # too few columns, or a split that cannot name a shard
     }
 )
 NOTED_KINDS = frozenset(
@@ -139,6 +140,11 @@ class RowChecker:
         if trouble:
             self.note("bad_key", key=None, path=row.listed_in, detail=f"key {_printable(row.key)!r} {trouble}")
             return
+        trouble = key_trouble(row.split)  # it names shards, whose paths must not leave the store
+        if trouble:
+            detail = f"split {_printable(row.split)!r} {trouble}"
+            self.note("bad_row", key=row.key, path=row.listed_in, detail=detail)
+            return
         if self._is_repeat(row) or not self._has_files(row):
             return
         if row.location is None:
@@ -234,7 +240,7 @@ def _file_size(path: Path) -> int | None:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_size
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _is_utf8(text: Path | str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cvft.config import PreprocessConfig
-from cvft.errors import DataError, StoreError
+from cvft.errors import ConfigError, DataError, StoreError
 from pipeline.build import ShardResult, build_shards
 from pipeline.dataset import PairDataset
 from pipeline.loader import Loader
@@ -45,6 +45,27 @@ def test_only_missing_shards_are_written_and_the_manifest_is_the_same(cvusa, tmp
     again = build(cvusa, tmp_path / "store")
     assert again.num_written == 3
     assert again.digest == first.digest
+
+
+def test_shard_with_a_damaged_sidecar_is_written_again_and_said(cvusa, tmp_path, caplog):
+    first = build(cvusa, tmp_path / "store")
+    sidecars = sorted((tmp_path / "store").rglob("val-*.json"))
+    sidecars[0].write_bytes(sidecars[0].read_bytes()[:-20])
+    sidecars[1].write_bytes(b"{}")
+    again = build(cvusa, tmp_path / "store")
+    assert (again.num_written, again.digest) == (2, first.digest)
+    assert [record.getMessage().count("is written again") for record in caplog.records] == [1, 1]
+    assert "val-00000.json: is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "option", [{"pairs_per_shard": 0}, {"pairs_per_shard": -1}, {"seed": -1}, {"seed": 2**64}, {"window": 0}]
+)
+def test_number_out_of_range_is_refused_before_any_work(option, cvusa, tmp_path):
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=f"^{name}: {value} must"):
+        build(cvusa, tmp_path / "store", **option)
+    assert not (tmp_path / "store").exists()
 
 
 def test_changed_image_is_sharded_anew(cvusa, tmp_path, make_jpeg):

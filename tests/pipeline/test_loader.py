@@ -123,6 +123,11 @@ def test_batch_that_ranks_cannot_share_is_refused(dataset):
         loader(dataset, world_size=3)
 
 
+def test_loader_without_threads_is_refused(dataset):
+    with pytest.raises(ConfigError, match="num_threads: 0 must be at least 1"):
+        loader(dataset, num_threads=0)
+
+
 def test_batch_in_use_is_not_written_to(dataset):
     for batch in loader(dataset, batch_size=1, num_threads=3).train_batches(0):
         before = copied(batch)

@@ -129,6 +129,14 @@ def test_other_names_and_absent_files_are_refused(tmp_path):
         Manifest.load(str(tmp_path / "manifests/0123456789abcdef.parquet"))
 
 
+def test_manifest_is_loaded_by_any_relative_path(tmp_path, monkeypatch):
+    manifest = located([(1.0, 2.0)], str(tmp_path))
+    name = manifest.publish().rpartition("/")[2]
+    for folder, path in ((tmp_path, f"manifests/{name}"), (tmp_path / "manifests", name)):
+        monkeypatch.chdir(folder)
+        assert Manifest.load(path).store_uri == str(tmp_path)
+
+
 def test_unknown_split_lists_the_known_ones(cvusa, tmp_path, make_shards):
     with pytest.raises(DataError, match="it has train, val"):
         make_shards(cvusa, str(tmp_path / "store")).split("test")

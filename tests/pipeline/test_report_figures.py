@@ -96,6 +96,11 @@ def test_best_and_worst_queries_are_the_extremes_and_never_the_same():
     assert (best.tolist(), worst.tolist()) == ([0], [])
 
 
+@pytest.mark.parametrize("num_examples", [0, -1])
+def test_no_queries_are_chosen_where_none_are_asked_for(num_examples):
+    assert [chosen.tolist() for chosen in best_and_worst(result_with_rank(8), num_examples)] == [[], []]
+
+
 def test_recall_figure_draws_the_recalls_counted_one_by_one():
     match_rank = np.array([0, 0, 3, 7, 19])
     axes = recall_figure(match_rank, num_references=20).axes[0]

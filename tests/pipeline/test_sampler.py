@@ -85,6 +85,12 @@ def test_batch_that_ranks_cannot_share_is_refused():
         sampler.check_divisible(10, world_size=4)
 
 
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_batch_of_no_pairs_is_refused(batch_size):
+    with pytest.raises(ConfigError, match=f"batch_size: {batch_size} must be at least 1"):
+        sampler.check_divisible(batch_size, world_size=1)
+
+
 def test_batch_larger_than_the_split_is_refused():
     with pytest.raises(ConfigError, match="batch_size: 11 exceeds the split's 10 pairs"):
         sampler.check_fills(10, batch_size=11)

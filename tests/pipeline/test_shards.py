@@ -13,6 +13,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from cvft.errors import ShardError
 from pipeline.build import plan_fingerprint, plan_shards
 from pipeline.manifest import ShardInfo
 from pipeline.shards import ShardSpec, read_entry, write_shard
@@ -125,6 +126,13 @@ def test_sidecar_says_what_was_written(cvusa, store):
     entry = write_shard(spec, store)
     assert read_entry(store, spec.sidecar) == entry
     assert entry.fingerprint == spec.fingerprint()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[]", b"{}", b'{"info": {"name": "a"}}'])
+def test_damaged_sidecar_is_told(content, store):
+    store.write_bytes("a.json", content)
+    with pytest.raises(ShardError, match=r"a\.json: is damaged .*; delete it and shard again"):
+        read_entry(store, "a.json")
 
 
 def test_longest_key_fits_into_a_ustar_name(tmp_path, store, make_jpeg, make_table):

@@ -90,6 +90,12 @@ class TestCvusa:
             ("empty_file", "0000003", "bingmap/19/0000003.jpg"),
         ]
 
+    def test_folder_in_an_images_place_is_a_missing_image(self, cvusa):
+        (cvusa / "streetview/panos/0000001.jpg").unlink()
+        (cvusa / "streetview/panos/0000001.jpg").mkdir()
+        (problem,) = open_source(cvusa).problems
+        assert (problem.kind, problem.key) == ("missing_ground", "0000001")
+
     def test_repeated_row_is_noted_and_an_id_in_two_splits_is_unusable(self, cvusa):
         train = (cvusa / "splits/train-19zl.csv").read_text().splitlines()
         with (cvusa / "splits/train-19zl.csv").open("a") as stream:
@@ -185,6 +191,16 @@ class TestTable:
         assert len(scan.pairs) == 1
         assert scan.pairs[0].ground.read_bytes() == make_jpeg((20, 30), 0)
         assert [(p.kind, p.path) for p in scan.problems] == [("non_utf8_name", "caf\\xe9.jpg")] * 2
+
+    @pytest.mark.parametrize("split", ["../../evil/x", "a b", "val.1"])
+    def test_split_that_cannot_name_a_shard_is_a_bad_row(self, split, tmp_path, make_jpeg, make_table):
+        (row,) = table_rows(make_jpeg((20, 30), 0), tmp_path, ["a"])
+        make_table(tmp_path / "pairs.csv", [row | {"split": split}])
+        scan = open_source(tmp_path)
+        (problem,) = scan.problems
+        assert not scan.pairs
+        assert (problem.kind, problem.key, problem.is_unusable) == ("bad_row", "a", True)
+        assert f"split {split!r} is empty or has a dot, a slash or white space" in problem.detail
 
     def test_row_without_a_value_is_a_bad_row(self, tmp_path):
         (tmp_path / "pairs.csv").write_text("key,ground,aerial\na,,b.jpg\n")

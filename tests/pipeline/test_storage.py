@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,6 +63,25 @@ def test_block_that_fails_leaves_no_file(store):
     assert store.list() == []
 
 
+def test_blocks_own_errors_stay_what_they_are(store, tmp_path):
+    store.write_bytes("a.bin", b"1")
+    for opened in (store.open_output("b.bin"), store.open_input("a.bin")):
+        with pytest.raises(FileNotFoundError, match=r"not-the-stores\.jpg"), opened:
+            (tmp_path / "not-the-stores.jpg").read_bytes()
+    assert store.list() == ["a.bin"]
+
+
+def test_full_disk_is_the_stores_error_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"a\.bin: cannot write it: .*File too large"):
+            Store.from_uri(tmp_path).write_bytes("a.bin", bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 def test_create_only_write_refuses_an_existing_name(store):
     assert store.create_bytes("m.bin", b"first")
     assert not store.create_bytes("m.bin", b"second")
@@ -83,6 +103,12 @@ def test_file_uri_and_plain_path_are_the_same_store(tmp_path):
     assert other.read_bytes("a") == b"1"
     assert other.uri("a") == str(tmp_path / "a")
     assert other.local_path("a") == tmp_path / "a"
+
+
+def test_file_uri_is_decoded_and_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store.from_uri(f"file://{tmp_path}/my%20data").uri("a") == str(tmp_path / "my data/a")
+    assert Store.from_uri("file://data").uri("a") == str(tmp_path / "data/a")
 
 
 @pytest.mark.objectstore

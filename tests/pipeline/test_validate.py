@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cvft.errors import DataError
-from pipeline.validate import validate
+from pipeline.sources.detect import open_source
+from pipeline.validate import load_pair, validate
 
 
 def reencode(path: Path, *, mode: str = "RGB", kind: str = "JPEG", size: tuple[int, int] | None = None) -> None:
@@ -108,3 +109,12 @@ def test_dataset_without_pairs_is_not_ok(tmp_path):
 def test_unknown_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="no known layout"):
         validate(tmp_path)
+
+
+def test_file_that_became_a_folder_after_the_scan_is_unreadable(cvusa):
+    scan = open_source(cvusa)
+    scan.pairs[0].aerial.unlink()
+    scan.pairs[0].aerial.mkdir()
+    images, (problem,) = load_pair(scan.pairs[0], scan.root, usual_size_px={}, check_images=True)
+    assert set(images) == {"ground"}
+    assert (problem.kind, problem.detail) == ("unreadable", "Is a directory")
