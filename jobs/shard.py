@@ -27,19 +27,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> ShardResult:
     """Shard as the arguments say, on a Ray that is there or started for it."""
-    with ray_session():
-        return build_shards(
-            arguments.root.absolute(),
-            arguments.store,
-            layout=arguments.layout,
-            split=arguments.split,
-            pairs_per_shard=arguments.pairs_per_shard,
-            seed=arguments.seed,
-            window=arguments.window,
-            check_images=not arguments.no_image_check,
-            skip_unusable=arguments.skip_unusable,
-            progress=entry.Progress("sharding"),
-        )
+    return build_shards(
+        arguments.root.absolute(),
+        arguments.store,
+        layout=arguments.layout,
+        split=arguments.split,
+        pairs_per_shard=arguments.pairs_per_shard,
+        seed=arguments.seed,
+        window=arguments.window,
+        check_images=not arguments.no_image_check,
+        skip_unusable=arguments.skip_unusable,
+        progress=entry.Progress("sharding"),
+        ray_session=ray_session,
+    )
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,12 +7,15 @@ passes through Ray's object store: a task gets the names of its files and gives 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from pipeline.shards import FORMAT_VERSION, ShardEntry, ShardSpec, read_entry, w
 from pipeline.sources.base import Problem, SourceScan, count_kinds, count_splits, unusable_summary
 from pipeline.sources.detect import open_source
 from pipeline.storage import Store
+
+RaySession = Callable[[], AbstractContextManager[None]]
 
 _MAX_RETRIES = 3
 _LOGGER = logging.getLogger(__name__)
@@ -73,8 +78,9 @@ def build_shards(
     check_images: bool = True,
     skip_unusable: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    ray_session: RaySession = contextlib.nullcontext,
 ) -> ShardResult:
-    """Shard a raw dataset into a store. Ray must be initialised; its workers must see `root` and reach the store.
+    """Shard a raw dataset into a store, on a Ray whose workers see `root` and reach the store.
 
     Args:
         root: Folder of the dataset, or a table of pairs.
@@ -87,6 +93,7 @@ def build_shards(
         check_images: Decode every image before it is written.
         skip_unusable: Leave unusable pairs out (counted, and named in the manifest) instead of refusing.
         progress: Called with the number of pairs in finished shards and of all pairs.
+        ray_session: Entered once there is something to write; without it Ray must be initialised.
 
     Raises:
         ConfigError: `pairs_per_shard`, `seed` or `window` is out of range.
@@ -97,27 +104,33 @@ def build_shards(
     _require_in_range(pairs_per_shard=pairs_per_shard, seed=seed, window=window)
     scan = open_source(root, layout=layout, split=split)
     _refuse_unusable(scan.problems, num_usable=len(scan.pairs), skip_unusable=skip_unusable)
-    plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
-    specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=check_images)
+    cut = {"pairs_per_shard": pairs_per_shard, "seed": seed}
+    plan = plan_fingerprint(scan.pairs, **cut)
+    specs = plan_shards(scan, plan, check_images=check_images, **cut)
     store = Store.from_uri(store_uri)
     # Written by the driver and before any work, so that a store that cannot be written is told at once.
-    description = {"plan": plan, "layout": scan.layout, "pairs_per_shard": pairs_per_shard, "seed": seed}
-    store.write_bytes(f"{_folder(plan)}/plan.json", json.dumps(description).encode())
-    entries, num_written = _make_shards(specs, store, folder=_folder(plan), window=window, progress=progress)
+    store.write_bytes(f"{_folder(plan)}/plan.json", json.dumps({"plan": plan, "layout": scan.layout, **cut}).encode())
+    run = partial(_write_in_window, store_uri=store.uri(), window=window, ray_session=ray_session)
+    entries, num_written = _make_shards(specs, store, folder=_folder(plan), run=run, progress=progress)
     problems = [*scan.problems, *(problem for entry in entries for problem in entry.problems)]
     num_pairs = sum(entry.info.num_pairs for entry in entries)
     _refuse_unusable(problems, num_usable=num_pairs, skip_unusable=skip_unusable)
     manifest = assemble_manifest(entries, problems, layout=scan.layout, plan=plan, store_uri=store.uri())
+    kinds = count_kinds(problems)
+    return _publish(manifest, num_written=num_written, seconds=time.monotonic() - started, problems=kinds)
+
+
+def _publish(manifest: Manifest, *, num_written: int, seconds: float, problems: Mapping[str, int]) -> ShardResult:
     return ShardResult(
         manifest=manifest.publish(),
         digest=manifest.digest,
-        layout=scan.layout,
-        num_pairs=num_pairs,
+        layout=manifest.layout,
+        num_pairs=manifest.pairs.num_rows,
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         num_written=num_written,
-        seconds=time.monotonic() - started,
-        problems=count_kinds(problems),
+        seconds=seconds,
+        problems=problems,
         excluded=manifest.excluded,
     )
 
@@ -206,7 +219,7 @@ def _make_shards(
     store: Store,
     *,
     folder: str,
-    window: int | None,
+    run: Callable[[Sequence[ShardSpec]], Iterator[ShardSpec]],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[ShardEntry], int]:
     """Write the shards that are missing; return all entries in the order of `specs`, and how many were written."""
@@ -214,7 +227,7 @@ def _make_shards(
     missing = [spec for spec in specs if spec.name not in entries]
     num_pairs = sum(len(spec.pairs) for spec in specs)
     num_done = num_pairs - sum(len(spec.pairs) for spec in missing)
-    for spec in _write_in_window(missing, store.uri(), window):
+    for spec in run(missing):
         entries[spec.name] = read_entry(store, spec.sidecar)
         num_done += len(spec.pairs)
         if progress is not None:
@@ -227,8 +240,16 @@ def _write_shard_task(spec: ShardSpec, store_uri: str) -> dict[str, Any]:
     return {"name": entry.info.name, "num_pairs": entry.info.num_pairs}
 
 
-def _write_in_window(specs: Sequence[ShardSpec], store_uri: str, window: int | None) -> Iterator[ShardSpec]:
+def _write_in_window(
+    specs: Sequence[ShardSpec], *, store_uri: str, window: int | None, ray_session: RaySession
+) -> Iterator[ShardSpec]:
     """Write shards on Ray, at most `window` tasks at a time, and yield each one's spec as it is finished."""
+    if specs:
+        with ray_session():
+            yield from _run_tasks(specs, store_uri, window)
+
+
+def _run_tasks(specs: Sequence[ShardSpec], store_uri: str, window: int | None) -> Iterator[ShardSpec]:
     size = window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     task = ray.remote(max_retries=_MAX_RETRIES, retry_exceptions=[OSError, StoreError])(_write_shard_task)
     waiting = list(reversed(specs))
