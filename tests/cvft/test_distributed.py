@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_several_processes_equal_one_on_the_joined_batch(world_size):
 
 def _fail_on_rank_one() -> None:
     assert current_world().rank == 0, "the second rank is not the first"
-    gather(torch.zeros(1))
+    time.sleep(60)  # the first one is busy; it is ended when the second fails
 
 
 def test_a_failing_rank_shows_its_traceback():

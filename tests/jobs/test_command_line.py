@@ -256,15 +256,12 @@ def test_demo_refuses_an_unknown_key_before_it_writes_anything(tmp_path, capfd):
 
 
 @pytest.mark.ray
-def test_demos_report_is_there_and_its_model_loads_from_its_registry(shown):
+def test_demos_report_is_there_and_its_model_loads_from_its_registry(shown, monkeypatch):
     assert "<html" in Path(shown["report"]).read_text(encoding="utf-8")
     assert (shown["version"], shown["chance"]) == (1, pytest.approx(1 / 6))
-    previous = mlflow.get_registry_uri()
-    mlflow.set_registry_uri(f"sqlite:///{Path(shown['report']).parents[1]}/mlflow.db")
-    try:
-        registered = mlflow.pyfunc.load_model(shown["model"])
-    finally:
-        mlflow.set_registry_uri(previous)
+    # Not by MLflow's setters: what they set outlasts the test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path(shown['report']).parents[1]}/mlflow.db")
+    registered = mlflow.pyfunc.load_model(shown["model"])
     random = np.random.default_rng(0)
     sizes = {"ground": (2, 32, 176, 3), "aerial": (2, 64, 64, 3)}
     pixels = {view: random.integers(0, 256, size, dtype=np.uint8) for view, size in sizes.items()}

@@ -66,11 +66,9 @@ def town(tmp_path_factory):
 
 
 @pytest.fixture
-def mlflow_at(town):
-    previous = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(town[1].uri)
-    yield
-    mlflow.set_tracking_uri(previous)
+def mlflow_at(town, monkeypatch):
+    # Not by MLflow's setters: what they set outlasts the test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", town[1].uri)
 
 
 @pytest.mark.usefixtures("mlflow_at")
