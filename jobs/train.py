@@ -71,8 +71,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
             entry.LOGGER.info("run %s is up to date: all %d epochs are done", config.name, config.train.num_epochs)
         elif config.train.workers == 1:
             device = torch.device("cuda" if config.train.use_gpu else "cpu")
-            record = _recorder(run)
-            worker.train(config, device=device, on_epoch=record)
+            worker.train(config, device=device, on_epoch=_recorder(run))
         else:
             train_on_ray(config, run)
         result = _result(config, run)
