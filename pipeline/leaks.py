@@ -2,7 +2,7 @@
 
 Two pairs are alike when they share one of three traits: the bytes of the ground image, the bytes of the aerial image,
 or position and heading (both exactly as the dataset gives them). An aerial image that a dataset itself lists for
-several pairs of one location (VIGOR, whose train and test pairs share references by protocol) is one reference, no leak.
+several pairs of one location (VIGOR: its train and test pairs share references by protocol) is one reference, no leak.
 """
 
 from __future__ import annotations

@@ -34,6 +34,10 @@ def table(*rows: dict) -> pa.Table:
     return pa.Table.from_pylist(filled, schema=PAIR_SCHEMA)
 
 
+def read_list(name: str) -> list[list[str]]:
+    return list(csv.reader((LISTS / name).read_text().splitlines()))
+
+
 PLACE = {"latitude_deg": 60.0, "longitude_deg": 24.0, "heading_deg": 10.0}
 
 
@@ -125,10 +129,10 @@ def test_repeats_equal_a_comparison_of_all_pairs():
 @pytest.mark.skipif(not LISTS.is_dir(), reason="the real lists are not beside the checkout")
 def test_real_cvusa_has_the_known_377_leaked_queries_and_86_twins():
     """The training list here is de-duplicated within itself, which keeps one row of every place: the leaks stay."""
-    locations = list(csv.reader((LISTS / "all.csv").open()))
+    locations = read_list("all.csv")
     rows = []
     for split, name in (("train", "train-19zl.deduplicated.csv"), ("val", "val-19zl.csv")):
-        for _, ground, _ in csv.reader((LISTS / name).open()):
+        for _, ground, _ in read_list(name):
             key = Path(ground).stem
             latitude, longitude, heading = map(float, locations[int(key) - 1][2:])
             place = {"latitude_deg": latitude, "longitude_deg": longitude, "heading_deg": heading}
