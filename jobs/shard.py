@@ -28,7 +28,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> ShardResult:
     """Shard as the arguments say, on a Ray that is there or started for it."""
     return build_shards(
-        arguments.root.absolute(),
+        arguments.root,
         arguments.store,
         layout=arguments.layout,
         split=arguments.split,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from jobs import entry
@@ -20,7 +19,9 @@ _NUM_EXAMPLES = 3
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where the raw pairs lie."""
-    parser.add_argument("--root", type=Path, required=True, help="folder of the data set, or a CSV or Parquet table")
+    parser.add_argument(
+        "--root", required=True, help="folder or s3://bucket/prefix of the data set, or a CSV or Parquet table"
+    )
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="what it must be; auto finds out")
     parser.add_argument("--split", help="split of a table that has no split column (default: val)")
 

@@ -24,6 +24,7 @@ import ray
 from cvft.configuration import require
 from cvft.errors import CvftError, DataError, ShardError, StoreError
 from pipeline.manifest import Manifest, pair_table
+from pipeline.raw import RawFolder
 from pipeline.sampler import epoch_permutation
 from pipeline.schema import PairSource
 from pipeline.shards import FORMAT_VERSION, ShardEntry, ShardSpec, read_entry, write_shard
@@ -67,7 +68,7 @@ class ShardResult:
 
 
 def build_shards(
-    root: Path,
+    root: str | Path | RawFolder,
     store_uri: str,
     *,
     layout: str = "auto",
@@ -83,7 +84,7 @@ def build_shards(
     """Shard a raw dataset into a store, on a Ray whose workers see `root` and reach the store.
 
     Args:
-        root: Folder of the dataset, or a table of pairs.
+        root: Folder of the dataset, or a table of pairs; a local path or an `s3://` URI.
         store_uri: Where shards and manifest go.
         layout: `auto` or the layout it must be.
         split: See `open_source`.
@@ -140,7 +141,7 @@ def plan_fingerprint(pairs: Sequence[PairSource], *, pairs_per_shard: int, seed:
     content = hashlib.sha256(json.dumps([FORMAT_VERSION, pairs_per_shard, seed]).encode())
     for pair in sorted(pairs, key=lambda pair: pair.key):
         place = asdict(pair.location) if pair.location else None
-        sizes = [path.stat().st_size for path in (pair.ground, pair.aerial)]
+        sizes = [pair.ground_status.num_bytes, pair.aerial_status.num_bytes]
         content.update(json.dumps([pair.key, pair.split, pair.location_id, place, sizes], sort_keys=True).encode())
     return content.hexdigest()
 
@@ -156,7 +157,7 @@ def plan_shards(scan: SourceScan, plan: str, *, pairs_per_shard: int, seed: int,
                 name=f"{_folder(plan)}/{split}-{number:05d}.tar",
                 root=scan.root,
                 pairs=mixed[start : start + pairs_per_shard],
-                usual_size_px=scan.usual_size_px,
+                rules=scan.rules,
                 check_images=check_images,
             )
             for number, start in enumerate(range(0, num_pairs, pairs_per_shard))

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from cvft.errors import ShardError
 from pipeline.manifest import ShardInfo
-from pipeline.schema import PairSource
+from pipeline.raw import RawFolder
+from pipeline.schema import ImageRules, PairSource
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
 from pipeline.validate import ROLES, LoadedImage, load_pair
@@ -34,16 +33,16 @@ class ShardSpec:
 
     Attributes:
         name: Path of the tar within the store.
-        root: Root of the raw dataset, for naming files in problems.
+        root: Root of the raw dataset.
         pairs: The pairs, in order.
-        usual_size_px: The layout's usual sizes, see `SourceScan`.
+        rules: What the layout says about its images.
         check_images: Whether each image is decoded before it is written.
     """
 
     name: str
-    root: Path
+    root: RawFolder
     pairs: Sequence[PairSource]
-    usual_size_px: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rules: ImageRules = field(default_factory=ImageRules)
     check_images: bool = True
 
     @property
@@ -52,10 +51,10 @@ class ShardSpec:
         return f"{self.name.removesuffix('.tar')}.json"
 
     def fingerprint(self) -> str:
-        """Return a digest of the spec and the files' sizes and times; a finished shard with another one is redone."""
+        """Return a digest of the spec and the scanned files' states; a finished shard with another one is redone."""
         content = hashlib.sha256(f"{FORMAT_VERSION} {self.check_images}\n".encode())
         for pair in self.pairs:
-            stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, (pair.ground, pair.aerial))]
+            stamps = [(status.num_bytes, status.stamp) for status in (pair.ground_status, pair.aerial_status)]
             content.update(f"{pair.split} {_pair_json(pair).decode()} {stamps}\n".encode())
         return content.hexdigest()
 
@@ -83,8 +82,7 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
     Pairs whose images cannot be used are left out and listed in the entry's problems.
 
     Raises:
-        StoreError: The store cannot be written.
-        OSError: A raw file has gone since the dataset was scanned.
+        StoreError: The store cannot be written, or the raw data's store not be read.
     """
     fingerprint = spec.fingerprint()
     rows: list[dict[str, Any]] = []
@@ -92,7 +90,7 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
     with store.open_output(spec.name) as stream:
         tar = TarStream(stream)
         for pair in spec.pairs:
-            images, found = load_pair(pair, spec.root, usual_size_px=spec.usual_size_px, check_images=spec.check_images)
+            images, found = load_pair(pair, spec.root, rules=spec.rules, check_images=spec.check_images)
             problems.extend(found)
             if len(images) == len(ROLES):
                 rows.append(_write_pair(tar, pair, images))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from cvft.errors import DataError
 from pipeline.images import ImageInfo, check_decodes, read_info
-from pipeline.schema import PairSource
-from pipeline.sources.base import Problem, SourceScan, count_kinds, count_splits, display_path, unusable_summary
+from pipeline.raw import RawFolder
+from pipeline.schema import ImageRules, PairSource
+from pipeline.sources.base import Problem, SourceScan, count_kinds, count_splits, printable, unusable_summary
 from pipeline.sources.detect import open_source
 
 ROLES = ("ground", "aerial")
-_JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
+_JPEG_SUFFIXES = (".jpg", ".jpeg")
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -42,14 +43,21 @@ class ValidationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
-    """One image as it will stand in a shard: its own bytes and what its header says."""
+    """One image as it will stand in a shard.
+
+    Attributes:
+        data: Its own bytes.
+        info: What its header says.
+        rows_px: Rows [first, stop) of it that are used; none for all.
+    """
 
     data: bytes
     info: ImageInfo
+    rows_px: tuple[int, int] | None = None
 
 
 def validate(
-    root: Path,
+    root: str | Path | RawFolder,
     *,
     layout: str = "auto",
     split: str | None = None,
@@ -60,7 +68,7 @@ def validate(
     """List the pairs under `root` and check them.
 
     Args:
-        root: Folder of the dataset, or a table of pairs.
+        root: Folder of the dataset, or a table of pairs; a local path or an `s3://` URI.
         layout: `auto` or the layout it must be.
         split: See `open_source`.
         check_images: Also decode every image (at an eighth of its size); otherwise only the files' presence is checked.
@@ -69,6 +77,7 @@ def validate(
 
     Raises:
         DataError: The folder is of no known layout.
+        StoreError: The object store cannot be read.
     """
     scan = open_source(root, layout=layout, split=split)
     problems = list(scan.problems)
@@ -93,41 +102,51 @@ def validate(
 
 
 def load_pair(
-    pair: PairSource, scan_root: Path, *, usual_size_px: Mapping[str, tuple[int, int]], check_images: bool
+    pair: PairSource, root: RawFolder, *, rules: ImageRules, check_images: bool
 ) -> tuple[dict[str, LoadedImage], list[Problem]]:
     """Read a pair's two images and say what is wrong with them.
 
     Returns:
         The images by role (`ground`, `aerial`), those that cannot be used left out, and the problems.
+
+    Raises:
+        StoreError: The object store cannot be read.
     """
     images: dict[str, LoadedImage] = {}
     problems: list[Problem] = []
     for role, path in zip(ROLES, (pair.ground, pair.aerial), strict=True):
-        kinds = {}
-        try:
-            data = path.read_bytes()
-            info = read_info(data)
-            if check_images:
-                check_decodes(data, info)
-        except FileNotFoundError:
-            kinds[f"missing_{role}"] = "no such file"
-        except OSError as error:
-            kinds["unreadable"] = str(error.strerror)
-        except DataError as error:
-            kinds[_damage_kind(data)] = str(error)
-        else:
-            images[role] = LoadedImage(data=data, info=info)
-            kinds = _oddities(path, info, role=role, usual_px=usual_size_px.get(role))
-        shown = display_path(path, scan_root)
+        image, kinds = _load(path, root, role=role, check_images=check_images)
+        if image is not None:
+            size = (image.info.height_px, image.info.width_px)
+            rows = (pair.ground_rows_px or rules.ground_rows_px.get(size)) if role == "ground" else None
+            images[role] = LoadedImage(data=image.data, info=image.info, rows_px=rows)
+            kinds = _oddities(path, image.info, role=role, usual_px=rules.usual_sizes_px.get(role))
+        shown = printable(path)
         problems.extend(Problem(kind=kind, key=pair.key, path=shown, detail=why) for kind, why in kinds.items())
     return images, problems
+
+
+def _load(path: str, root: RawFolder, *, role: str, check_images: bool) -> tuple[LoadedImage | None, dict[str, str]]:
+    """Return the image, or None and the kind of trouble with what is wrong."""
+    try:
+        data = root.read_bytes(path)
+    except DataError as error:
+        is_there = root.status(path) is not None
+        return None, {"unreadable": str(error)} if is_there else {f"missing_{role}": "no such file"}
+    try:
+        info = read_info(data)
+        if check_images:
+            check_decodes(data, info)
+    except DataError as error:
+        return None, {_damage_kind(data): str(error)}
+    return LoadedImage(data=data, info=info), {}
 
 
 def _check_all(scan: SourceScan, num_threads: int) -> Iterator[tuple[PairSource, list[Problem]]]:
     """Check pair after pair in threads, in order, never holding more than a window of them."""
 
     def check(pair: PairSource) -> tuple[PairSource, list[Problem]]:
-        return pair, load_pair(pair, scan.root, usual_size_px=scan.usual_size_px, check_images=True)[1]
+        return pair, load_pair(pair, scan.root, rules=scan.rules, check_images=True)[1]
 
     with ThreadPoolExecutor(num_threads) as pool:
         remaining = iter(scan.pairs)
@@ -143,18 +162,19 @@ def _damage_kind(data: bytes) -> str:
     return "truncated" if is_jpeg and not data.rstrip(b"\0").endswith(_END_OF_JPEG) else "unreadable"
 
 
-def _oddities(path: Path, info: ImageInfo, *, role: str, usual_px: tuple[int, int] | None) -> dict[str, str]:
+def _oddities(path: str, info: ImageInfo, *, role: str, usual_px: tuple[tuple[int, int], ...] | None) -> dict[str, str]:
     kinds = {}
     size = (info.height_px, info.width_px)
     shown = f"{info.width_px}x{info.height_px}"
-    if info.kind == "png" and path.suffix.lower() in _JPEG_SUFFIXES:
+    if info.kind == "png" and path.lower().endswith(_JPEG_SUFFIXES):
         kinds["not_jpeg"] = "a PNG by its content"
     if info.colorspace in {"Gray", "L", "1", "I", "LA", "I;16"}:
         kinds["greyscale"] = "one channel"
     if info.colorspace in {"CMYK", "YCCK"}:
         kinds["cmyk"] = "four channels"
-    if usual_px is not None and size != usual_px:
-        kinds["odd_size"] = f"{shown}, usual is {usual_px[1]}x{usual_px[0]}"
+    if usual_px is not None and size not in usual_px:
+        usual = " or ".join(f"{width}x{height}" for height, width in usual_px)
+        kinds["odd_size"] = f"{shown}, usual is {usual}"
     elif role == "aerial" and size[0] != size[1]:
         kinds["odd_size"] = f"{shown}, an aerial image is usually square"
     return kinds

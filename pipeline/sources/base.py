@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from cvft.errors import DataError
-from pipeline.schema import Layout, Location, PairSource
+from pipeline.raw import RawFolder
+from pipeline.schema import FileStatus, ImageRules, Layout, Location, PairSource
 
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
 MAX_KEY_BYTES = 100 - len(".aerial.jpg")
@@ -77,17 +74,17 @@ class SourceScan:
 
     Attributes:
         layout: Which layout it is.
-        root: Folder that the problems' paths are relative to.
+        root: Folder that all paths are relative to.
         pairs: The pairs whose two files are there, in the order listed, keys unique.
         problems: Everything found on the way.
-        usual_size_px: Height and width of the layout's `ground` and `aerial` images, where it has such.
+        rules: What the layout says about its images.
     """
 
     layout: Layout
-    root: Path
+    root: RawFolder
     pairs: Sequence[PairSource]
     problems: Sequence[Problem]
-    usual_size_px: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rules: ImageRules = field(default_factory=ImageRules)
 
 
 class Source(Protocol):
@@ -99,53 +96,51 @@ class Source(Protocol):
 
     looks_for: str
 
-    def detect(self, root: Path) -> Path | None:
-        """Return the folder (or file) below or at `root` where this layout starts, or None."""
+    def detect(self, root: RawFolder) -> str | None:
+        """Return the folder (or file) below `root`, or "" for `root` itself, where this layout starts, or None."""
         ...
 
-    def scan(self, base: Path, *, root: Path, split: str | None) -> SourceScan:
+    def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """List the pairs under `base` (what `detect` returned)."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One listed pair, whatever file listed it."""
+    """One listed pair, whatever file listed it; paths are relative to the root."""
 
     key: str
     split: str
-    ground: Path
-    aerial: Path
+    ground: str
+    aerial: str
     location: Location | None
     location_trouble: str
     listed_in: str
+    location_id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RowChecker:
     """Turns listed rows into usable pairs: checks keys, repeats and files, and keeps count of everything else."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: RawFolder) -> None:
         self.pairs: list[PairSource] = []
         self.problems: list[Problem] = []
         self._root = root
         self._seen: dict[str, Row] = {}
+        self._good_splits: set[str] = set()
 
-    def note(self, kind: str, *, key: str | None, path: Path | str, detail: str) -> None:
-        """Record a problem; an absolute path is shown relative to the root."""
-        self.problems.append(Problem(kind=kind, key=key, path=display_path(path, self._root), detail=detail))
+    def note(self, kind: str, *, key: str | None, path: str, detail: str) -> None:
+        """Record a problem."""
+        self.problems.append(Problem(kind=kind, key=key, path=printable(path), detail=detail))
 
     def add(self, row: Row) -> None:
         """Take the row as a pair, or record why not."""
-        trouble = key_trouble(row.key)
-        if trouble:
-            self.note("bad_key", key=None, path=row.listed_in, detail=f"key {_printable(row.key)!r} {trouble}")
+        if not self._has_names(row) or self._is_repeat(row):
             return
-        trouble = key_trouble(row.split)  # it names shards, whose paths must not leave the store
-        if trouble:
-            detail = f"split {_printable(row.split)!r} {trouble}"
-            self.note("bad_row", key=row.key, path=row.listed_in, detail=detail)
-            return
-        if self._is_repeat(row) or not self._has_files(row):
+        ground = self._file(row, "ground", row.ground)
+        aerial = self._file(row, "aerial", row.aerial)
+        if ground is None or aerial is None:
             return
         if row.location is None:
             self.note("no_location", key=row.key, path=row.listed_in, detail=row.location_trouble)
@@ -155,10 +150,28 @@ class RowChecker:
                 split=row.split,
                 ground=row.ground,
                 aerial=row.aerial,
+                ground_status=ground,
+                aerial_status=aerial,
                 location=row.location,
-                location_id=row.key,
+                location_id=row.location_id or row.key,
+                metadata=row.metadata,
             )
         )
+
+    def _has_names(self, row: Row) -> bool:
+        trouble = key_trouble(row.key)
+        if trouble:
+            self.note("bad_key", key=None, path=row.listed_in, detail=f"key {printable(row.key)!r} {trouble}")
+            return False
+        if row.split in self._good_splits:
+            return True
+        trouble = key_trouble(row.split)  # it names shards, whose paths must not leave the store
+        if trouble:
+            detail = f"split {printable(row.split)!r} {trouble}"
+            self.note("bad_row", key=row.key, path=row.listed_in, detail=detail)
+            return False
+        self._good_splits.add(row.split)
+        return True
 
     def _is_repeat(self, row: Row) -> bool:
         first = self._seen.setdefault(row.key, row)
@@ -172,18 +185,17 @@ class RowChecker:
         self.note(kind, key=row.key, path=row.listed_in, detail=f"key {row.key} {detail}")
         return True
 
-    def _has_files(self, row: Row) -> bool:
-        is_complete = True
-        for role, path in (("ground", row.ground), ("aerial", row.aerial)):
-            size = _file_size(path)
-            if size is None:
-                self.note(f"missing_{role}", key=row.key, path=path, detail=f"listed in {row.listed_in}, no such file")
-            elif size == 0:
-                self.note("empty_file", key=row.key, path=path, detail="zero bytes")
-            elif not _is_utf8(path):
-                self.note("non_utf8_name", key=row.key, path=path, detail="the name is not UTF-8")
-            is_complete = is_complete and bool(size)
-        return is_complete
+    def _file(self, row: Row, role: str, path: str) -> FileStatus | None:
+        """Return the status of an image's file, or None (and note why) if it cannot be used."""
+        status = self._root.status(path)
+        if status is None:
+            self.note(f"missing_{role}", key=row.key, path=path, detail=f"listed in {row.listed_in}, no such file")
+        elif status.num_bytes == 0:
+            self.note("empty_file", key=row.key, path=path, detail="zero bytes")
+            return None
+        elif not _is_utf8(path):
+            self.note("non_utf8_name", key=row.key, path=path, detail="the name is not UTF-8")
+        return status
 
 
 def key_trouble(key: str) -> str:
@@ -197,11 +209,9 @@ def key_trouble(key: str) -> str:
     return ""
 
 
-def display_path(path: Path | str, root: Path) -> str:
-    """Return `path` relative to `root` where it lies below it, with bytes that are not UTF-8 escaped."""
-    text = str(path)
-    prefix = f"{root}/"
-    return _printable(text.removeprefix(prefix))
+def printable(text: str) -> str:
+    """Return a path or a name with bytes that are not UTF-8 escaped."""
+    return text if text.isascii() else text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def count_kinds(problems: Iterable[Problem]) -> dict[str, int]:
@@ -223,33 +233,16 @@ def unusable_summary(problems: Sequence[Problem], *, num_usable: int) -> str:
     return f"{num_usable} pairs are usable, others are not ({kinds}); first: {unusable[0]}"
 
 
-def read_text(path: Path) -> str:
-    """Return a list or table as text: a byte-order mark is dropped, bytes that are not UTF-8 survive as surrogates.
+def join(folder: str, name: str) -> str:
+    """Return the path of `name` in `folder`, where "" is the root; an absolute name stays what it is."""
+    return f"{folder}/{name}" if folder and not name.startswith("/") else name
 
-    Raises:
-        DataError: The file cannot be read.
-    """
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
-        return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _file_size(path: Path) -> int | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _is_utf8(text: Path | str) -> bool:
-    try:
-        str(text).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")

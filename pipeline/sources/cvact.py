@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cvft.errors import DataError
+from pipeline.raw import RawFolder
 from pipeline.sources.base import SourceScan
 
 MARKERS = ("ACT_data.mat", "ANU_data_small", "ANU_data_test", "satview_polish")
@@ -15,16 +14,17 @@ class CvactSource:
 
     looks_for = f"{' or '.join(MARKERS)}"
 
-    def detect(self, root: Path) -> Path | None:
-        """Return `root` if it holds one of CVACT's files or folders."""
-        return root if any((root / marker).exists() for marker in MARKERS) else None
+    def detect(self, root: RawFolder) -> str | None:
+        """Return the root if it holds one of CVACT's files or folders."""
+        return "" if any(root.has(marker) for marker in MARKERS) else None
 
-    def scan(self, base: Path, *, root: Path, split: str | None) -> SourceScan:
+    def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """Refuse.
 
         Raises:
             DataError: Always, for now.
         """
         raise DataError(
-            f"{base}: the layout cvact is not supported yet; list its pairs in a pairs.csv (key,ground,aerial) instead"
+            f"{root.uri}: the layout cvact is not supported yet; "
+            "list its pairs in a pairs.csv (key,ground,aerial) instead"
         )

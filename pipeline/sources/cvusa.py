@@ -7,19 +7,21 @@ split_locations/all.csv   row int(id), counted from 1: requested lat, lon, the p
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import math
-from pathlib import Path
 
-from pipeline.schema import Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, read_text
+from pipeline.raw import RawFolder
+from pipeline.schema import ImageRules, Location
+from pipeline.sources.base import Row, RowChecker, SourceScan, join
 
 # Folders below the given root in which the dataset has been met.
 BASES = ("", "CVUSA", "CVUSA/dataset", "CVPR_subset", "CVUSA/CVPR_subset", "dataset")
 SPLIT_LISTS = "splits/*-19zl.csv"
 LOCATION_LISTS = ("split_locations/all.csv", "split_locations/split/all.csv", "all.csv")
-USUAL_SIZE_PX = {"ground": (224, 1232), "aerial": (750, 750)}
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+RULES = ImageRules(usual_sizes_px={"ground": ((224, 1232),), "aerial": ((750, 750),)})
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LIST_ENDING = "-19zl.csv"
 
 
 class CvusaSource:
@@ -27,48 +29,48 @@ class CvusaSource:
 
     looks_for = f"{SPLIT_LISTS} (here or in {', '.join(BASES[1:])})"
 
-    def detect(self, root: Path) -> Path | None:
+    def detect(self, root: RawFolder) -> str | None:
         """Return the folder that holds `splits/`."""
-        return next((root / base for base in BASES if any((root / base).glob(SPLIT_LISTS))), None)
+        return next((base for base in BASES if _lists(root, base)), None)
 
-    def scan(self, base: Path, *, root: Path, split: str | None) -> SourceScan:
+    def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """List the pairs of every split list, or of the list of `split` alone."""
         locations = _Locations.find(base, root)
         checker = RowChecker(root)
-        for path in sorted(base.glob(SPLIT_LISTS)):
-            name = path.name.removesuffix("-19zl.csv")
-            if split is None or name == split:
-                _scan_list(path, name, base=base, locations=locations, checker=checker)
-        return SourceScan(
-            layout="cvusa",
-            root=root,
-            pairs=checker.pairs,
-            problems=checker.problems,
-            usual_size_px=USUAL_SIZE_PX,
-        )
+        for name in _lists(root, base):
+            if split is None or name == split + _LIST_ENDING:
+                _scan_list(name, base=base, root=root, locations=locations, checker=checker)
+        return SourceScan(layout="cvusa", root=root, pairs=checker.pairs, problems=checker.problems, rules=RULES)
 
 
-def _scan_list(path: Path, split: str, *, base: Path, locations: _Locations, checker: RowChecker) -> None:
-    for number, cells in enumerate(csv.reader(io.StringIO(read_text(path), newline="")), start=1):
+def _lists(root: RawFolder, base: str) -> list[str]:
+    return fnmatch.filter(root.names(join(base, "splits")), f"*{_LIST_ENDING}")
+
+
+def _scan_list(name: str, *, base: str, root: RawFolder, locations: _Locations, checker: RowChecker) -> None:
+    split = name.removesuffix(_LIST_ENDING)
+    text = root.read_text(join(base, f"splits/{name}"))
+    for number, cells in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
         fields = [cell.strip() for cell in cells]
         if not any(fields):
             continue
-        listed_in = f"{path.name}:{number}"
+        listed_in = f"{name}:{number}"
         if len(fields) < 2:
             checker.note(
                 "bad_row", key=None, path=listed_in, detail=f"one column, expected aerial,ground: {fields[0]!r}"
             )
             continue
-        aerial, ground = base / fields[0], base / fields[1]
-        if number == 1 and aerial.suffix.lower() not in _IMAGE_SUFFIXES:
+        aerial, ground = fields[0], fields[1]
+        if number == 1 and not aerial.lower().endswith(_IMAGE_SUFFIXES):
             continue  # a header, where none belongs
-        location, trouble = locations.of(ground.stem)
+        key = ground.rpartition("/")[2].rpartition(".")[0]
+        location, trouble = locations.of(key)
         checker.add(
             Row(
-                key=ground.stem,
+                key=key,
                 split=split,
-                ground=ground,
-                aerial=aerial,
+                ground=join(base, ground),
+                aerial=join(base, aerial),
                 location=location,
                 location_trouble=trouble,
                 listed_in=listed_in,
@@ -79,22 +81,25 @@ def _scan_list(path: Path, split: str, *, base: Path, locations: _Locations, che
 class _Locations:
     """The rows of all.csv, or of no file at all."""
 
-    def __init__(self, rows: list[list[str]], name: str) -> None:
+    def __init__(self, rows: list[str], name: str) -> None:
         self._rows = rows
         self._name = name
 
     @classmethod
-    def find(cls, base: Path, root: Path) -> _Locations:
+    def find(cls, base: str, root: RawFolder) -> _Locations:
         """Look beside the split lists first and then in the folders above, up to the root."""
-        above = [folder for folder in base.parents if folder == root or root in folder.parents]
-        for folder in (base, *above):
+        folder = base
+        while True:
             for candidate in LOCATION_LISTS:
-                path = folder / candidate
-                if path.is_file():
-                    rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
+                path = join(folder, candidate)
+                if root.status(path) is not None:
+                    rows = root.read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+                    rows = rows[:-1] if not rows[-1] else rows
                     has_header = bool(rows) and _numbers(rows[0]) is None
-                    return cls(rows[has_header:], path.name)
-        return cls([], "")
+                    return cls(rows[has_header:], path.rpartition("/")[2])
+            if not folder:
+                return cls([], "")
+            folder = folder.rpartition("/")[0]
 
     def of(self, key: str) -> tuple[Location | None, str]:
         """Return the location of a pair, or None and why there is none."""
@@ -110,9 +115,9 @@ class _Locations:
         return Location(latitude_deg=latitude_deg, longitude_deg=longitude_deg, heading_deg=heading_deg), ""
 
 
-def _numbers(cells: list[str]) -> list[float] | None:
+def _numbers(row: str) -> list[float] | None:
     try:
-        numbers = [float(cell) for cell in cells]
+        numbers = [float(cell.strip(' "')) for cell in row.split(",")]
     except ValueError:
         return None
     return numbers if len(numbers) == 5 and all(map(math.isfinite, numbers)) else None

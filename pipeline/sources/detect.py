@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from cvft.errors import DataError
-from pipeline.sources.base import Source, SourceScan
+from pipeline.raw import RawFolder
+from pipeline.sources.base import Source, SourceScan, printable
 from pipeline.sources.cvact import CvactSource
 from pipeline.sources.cvusa import CvusaSource
 from pipeline.sources.table import TableSource
@@ -13,35 +15,55 @@ from pipeline.sources.table import TableSource
 SOURCES: dict[str, Source] = {"cvusa": CvusaSource(), "cvact": CvactSource(), "table": TableSource()}
 
 
-def open_source(root: Path, *, layout: str = "auto", split: str | None = None) -> SourceScan:
+TABLE_SUFFIXES = (".csv", ".parquet")
+
+
+def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: str | None = None) -> SourceScan:
     """List the pairs under `root`, without opening any image.
 
     Args:
-        root: Folder of the dataset (or the table file).
+        root: Folder of the dataset (or the table file), a local path or an `s3://` URI.
         layout: One of `SOURCES`, or `auto` to find out.
         split: Name of the split for a table that has no split column; for other layouts, the one split to list.
 
     Raises:
         DataError: There is no such folder, it is of no known layout, of several, or of another than told.
+        StoreError: The object store cannot be read.
     """
-    if not root.exists():
-        raise DataError(f"{root}: there is no such folder or table")
     if layout != "auto" and layout not in SOURCES:
         raise DataError(f"layout {layout!r} is unknown; use auto, {', '.join(SOURCES)}")
+    folder, table = _folder_and_table(root)
+    if not folder.has(table):
+        raise DataError(f"{root}: there is no such folder or table")
     wanted = SOURCES if layout == "auto" else {layout: SOURCES[layout]}
-    found = {name: base for name, source in wanted.items() if (base := source.detect(root)) is not None}
+    if table:
+        return _scan_table(folder, table, wanted=wanted, split=split)
+    found = {name: base for name, source in wanted.items() if (base := source.detect(folder)) is not None}
     if not found:
         kinds = "; ".join(f"{name}: {source.looks_for}" for name, source in wanted.items())
-        raise DataError(f"{root}: no known layout; looked for {kinds}; found: {_contents(root)}")
+        raise DataError(f"{root}: no known layout; looked for {kinds}; found: {_contents(folder)}")
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
     ((name, base),) = found.items()
-    return SOURCES[name].scan(base, root=root, split=split)
+    return SOURCES[name].scan(base, root=folder, split=split)
 
 
-def _contents(root: Path, limit: int = 8) -> str:
-    if root.is_file():
-        return root.name
-    names = sorted(path.name for path in root.iterdir())
+def _folder_and_table(root: str | Path | RawFolder) -> tuple[RawFolder, str]:
+    """Return the dataset's folder and the table's name in it, which is empty if `root` is a folder."""
+    folder = RawFolder.from_uri(root)
+    if not folder.uri.endswith(TABLE_SUFFIXES) or folder.names():
+        return folder, ""
+    parent, _, name = folder.uri.rpartition("/")
+    return RawFolder.from_uri(parent), name
+
+
+def _scan_table(folder: RawFolder, table: str, *, wanted: Mapping[str, Source], split: str | None) -> SourceScan:
+    if "table" not in wanted:
+        raise DataError(f"{folder.uri}/{table}: is a table, which the layout {', '.join(wanted)} is not")
+    return SOURCES["table"].scan(table, root=folder, split=split)
+
+
+def _contents(root: RawFolder, limit: int = 8) -> str:
+    names = [printable(name) for name in root.names()]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + rest

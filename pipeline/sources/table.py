@@ -12,14 +12,14 @@ import difflib
 import io
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cvft.errors import DataError
+from pipeline.raw import RawFolder
 from pipeline.schema import VAL, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, read_text
+from pipeline.sources.base import Row, RowChecker, SourceScan
 
 NAMES = ("pairs.csv", "pairs.parquet")
 REQUIRED = ("key", "ground", "aerial")
@@ -31,19 +31,17 @@ class TableSource:
 
     looks_for = " or ".join(NAMES)
 
-    def detect(self, root: Path) -> Path | None:
+    def detect(self, root: RawFolder) -> str | None:
         """Return the table file."""
-        candidates = [root] if root.suffix in {".csv", ".parquet"} else [root / name for name in NAMES]
-        return next((path for path in candidates if path.is_file()), None)
+        return next((name for name in NAMES if root.status(name) is not None), None)
 
-    def scan(self, base: Path, *, root: Path, split: str | None) -> SourceScan:
+    def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """List the table's pairs; `split` names the split of a table without that column."""
-        folder = base.parent
-        checker = RowChecker(folder)
-        columns, rows = _read(base)
-        _check_columns(base, columns, split=split, checker=checker)
+        checker = RowChecker(root)
+        columns, rows = _read(root, base)
+        _check_columns(base, columns, split=split, root=root, checker=checker)
         for number, cells in rows:
-            listed_in = f"{base.name}:{number}"
+            listed_in = f"{base}:{number}"
             absent = [name for name in (*REQUIRED, *({"split"} & set(columns))) if not cells.get(name)]
             if absent:
                 checker.note("bad_row", key=cells.get("key"), path=listed_in, detail=f"no {', '.join(absent)}")
@@ -53,25 +51,25 @@ class TableSource:
                 Row(
                     key=cells["key"],
                     split=cells.get("split") or split or VAL,
-                    ground=folder / cells["ground"],
-                    aerial=folder / cells["aerial"],
+                    ground=cells["ground"],
+                    aerial=cells["aerial"],
                     location=location,
                     location_trouble=trouble,
                     listed_in=listed_in,
                 )
             )
-        return SourceScan(layout="table", root=folder, pairs=checker.pairs, problems=checker.problems)
+        return SourceScan(layout="table", root=root, pairs=checker.pairs, problems=checker.problems)
 
 
-def _read(path: Path) -> tuple[list[str], Iterator[tuple[int, Mapping[str, str]]]]:
+def _read(root: RawFolder, name: str) -> tuple[list[str], Iterator[tuple[int, Mapping[str, str]]]]:
     """Return the columns and the numbered rows, every value as text and blank rows left out."""
-    if path.suffix == ".parquet":
+    if name.endswith(".parquet"):
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(io.BytesIO(root.read_bytes(name)))
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+            raise DataError(f"{root.uri}/{name}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
         return table.column_names, enumerate(map(_as_text, table.to_pylist()), start=1)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    reader = csv.reader(io.StringIO(root.read_text(name), newline=""))
     columns = [cell.strip() for cell in next(reader, [])]
     return columns, (
         (reader.line_num, dict(zip(columns, (cell.strip() for cell in cells), strict=False)))
@@ -84,14 +82,15 @@ def _as_text(row: Mapping[str, object]) -> Mapping[str, str]:
     return {name: "" if value is None else str(value) for name, value in row.items()}
 
 
-def _check_columns(path: Path, columns: list[str], *, split: str | None, checker: RowChecker) -> None:
+def _check_columns(path: str, columns: list[str], *, split: str | None, root: RawFolder, checker: RowChecker) -> None:
     absent = [name for name in REQUIRED if name not in columns]
     if absent:
         raise DataError(
-            f"{path}: no column {', '.join(absent)}; a table of pairs has {', '.join(REQUIRED)} (it has {columns})"
+            f"{root.uri}/{path}: no column {', '.join(absent)}; a table of pairs has {', '.join(REQUIRED)} "
+            f"(it has {columns})"
         )
     if split is not None and "split" in columns:
-        raise DataError(f"{path}: has a split column, so split={split} cannot be given as well")
+        raise DataError(f"{root.uri}/{path}: has a split column, so split={split} cannot be given as well")
     for name in columns:
         if name not in REQUIRED + OPTIONAL:
             near = difflib.get_close_matches(name, OPTIONAL, n=1, cutoff=0.3)

@@ -14,7 +14,10 @@ from pipeline.storage import Store
 
 
 def raw_bytes(root: Path) -> dict[str, tuple[bytes, bytes]]:
-    return {pair.key: (pair.ground.read_bytes(), pair.aerial.read_bytes()) for pair in open_source(root).pairs}
+    return {
+        pair.key: ((root / pair.ground).read_bytes(), (root / pair.aerial).read_bytes())
+        for pair in open_source(root).pairs
+    }
 
 
 def flip(path: Path, position: int) -> None:

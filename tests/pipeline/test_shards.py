@@ -75,7 +75,7 @@ def test_offsets_and_digests_lead_to_the_original_bytes(cvusa, store):
     for pair, row in zip(spec.pairs, entry.rows, strict=True):
         for role, path in (("ground", pair.ground), ("aerial", pair.aerial)):
             start = row[f"{role}_offset"]
-            assert content[start : start + row[f"{role}_bytes"]] == path.read_bytes()
+            assert content[start : start + row[f"{role}_bytes"]] == (cvusa / path).read_bytes()
     assert entry.info == ShardInfo(
         name=spec.name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), num_pairs=11
     )
@@ -93,8 +93,8 @@ def test_plain_webdataset_reads_every_pair(cvusa, store):
     assert set(samples) == {pair.key for pair in pairs}
     for pair in pairs:
         sample = samples[pair.key]
-        assert sample["ground.jpg"] == pair.ground.read_bytes()
-        assert sample["aerial.jpg"] == pair.aerial.read_bytes()
+        assert sample["ground.jpg"] == (cvusa / pair.ground).read_bytes()
+        assert sample["aerial.jpg"] == (cvusa / pair.aerial).read_bytes()
         content = json.loads(sample["json"])
         assert (content["key"], content["split"]) == (pair.key, pair.split)
         assert content["latitude_deg"] == pair.location.latitude_deg

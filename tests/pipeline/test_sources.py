@@ -49,8 +49,8 @@ class TestCvusa:
         pair = open_source(cvusa).pairs[2]
         assert pair.key == "0000003"
         assert pair.location == Location(latitude_deg=60.2002, longitude_deg=24.9004, heading_deg=2.5)
-        assert pair.ground == cvusa / "streetview/panos/0000003.jpg"
-        assert pair.aerial == cvusa / "bingmap/19/0000003.jpg"
+        assert pair.ground == "streetview/panos/0000003.jpg"
+        assert pair.aerial == "bingmap/19/0000003.jpg"
 
     def test_missing_location_file_is_a_counted_problem_of_usable_pairs(self, cvusa):
         (cvusa / "split_locations/all.csv").unlink()
@@ -189,7 +189,7 @@ class TestTable:
         )
         scan = open_source(tmp_path)
         assert len(scan.pairs) == 1
-        assert scan.pairs[0].ground.read_bytes() == make_jpeg((20, 30), 0)
+        assert scan.root.read_bytes(scan.pairs[0].ground) == make_jpeg((20, 30), 0)
         assert [(p.kind, p.path) for p in scan.problems] == [("non_utf8_name", "caf\\xe9.jpg")] * 2
 
     @pytest.mark.parametrize("split", ["../../evil/x", "a b", "val.1"])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cvft.errors import DataError
+from pipeline.schema import ImageRules
 from pipeline.sources.detect import open_source
 from pipeline.validate import load_pair, validate
 
@@ -111,10 +112,10 @@ def test_unknown_folder_is_refused(tmp_path):
         validate(tmp_path)
 
 
-def test_file_that_became_a_folder_after_the_scan_is_unreadable(cvusa):
+def test_file_that_became_a_folder_after_the_scan_is_missing(cvusa):
     scan = open_source(cvusa)
-    scan.pairs[0].aerial.unlink()
-    scan.pairs[0].aerial.mkdir()
-    images, (problem,) = load_pair(scan.pairs[0], scan.root, usual_size_px={}, check_images=True)
+    (cvusa / scan.pairs[0].aerial).unlink()
+    (cvusa / scan.pairs[0].aerial).mkdir()
+    images, (problem,) = load_pair(scan.pairs[0], scan.root, rules=ImageRules(), check_images=True)
     assert set(images) == {"ground"}
-    assert (problem.kind, problem.detail) == ("unreadable", "Is a directory")
+    assert (problem.kind, problem.path) == ("missing_aerial", scan.pairs[0].aerial)
