@@ -1,11 +1,10 @@
 """Random access to the pairs of one split: the manifest's offsets into memory-mapped tars, no tar is parsed.
 
-Shards of a remote store are copied once into a cache on this node, named by their sha256 and verified on the way in.
+Shards of a remote store are copied once into a cache on this node, named by their blake3 and verified on the way in.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import uuid
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
+from blake3 import blake3
 
 from cvft.errors import ShardError, StoreError
 from pipeline.manifest import Manifest, ShardInfo
@@ -105,7 +105,7 @@ def _local_file(store: Store, shard: ShardInfo, cache: Path) -> Path:
     local = store.local_path(shard.name)
     if local is not None:
         return local
-    target = cache / f"{shard.sha256}.tar"
+    target = cache / f"{shard.blake3}.tar"
     # A file gets this name only after its digest was verified. Ranks of one node may copy it at the same time: the last
     # rename wins, and all copies are equal.
     if not target.exists():
@@ -115,15 +115,15 @@ def _local_file(store: Store, shard: ShardInfo, cache: Path) -> Path:
 
 def _fetch(store: Store, shard: ShardInfo, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    content = hashlib.sha256()
+    content = blake3()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with store.open_input(shard.name) as source, temporary.open("wb") as stream:
             while chunk := source.read(_COPY_BYTES):
                 content.update(chunk)
                 stream.write(chunk)
-        if content.hexdigest() != shard.sha256:
-            raise ShardError(f"{store.uri(shard.name)}: its sha256 is not the manifest's; shard again")
+        if content.hexdigest() != shard.blake3:
+            raise ShardError(f"{store.uri(shard.name)}: its blake3 is not the manifest's; shard again")
         temporary.replace(target)
     except OSError as error:
         raise StoreError(f"{target}: cannot keep a copy of the shard here: {error.strerror}") from error

@@ -1,8 +1,9 @@
 """The index of a sharded dataset: where each pair's bytes lie, what they must be, where they were taken.
 
 A manifest is one Parquet file `manifests/<digest>.parquet` in the dataset's store, published last and never changed.
-Its name is its content's digest, taken over the rows and the shards as canonical JSON and not over the file's bytes, so
-that it is the same whatever version of Parquet's writer made it. Training and evaluation name their data by it.
+Its name is its content's digest, taken over the shards and the columns and not over the file's bytes, so that it is the
+same whatever version of Parquet's writer made it. Training and evaluation name their data by it. Adding pairs makes
+another manifest; the store's pointer (`pipeline.pointer`) names the newest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +23,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cvft.errors import DataError, ShardError
+from cvft.errors import ConfigError, DataError, ShardError
+from pipeline.pointer import POINTER_FILE, read_pointer
+from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EARTH_RADIUS_M = 6_371_008.8  # mean radius of WGS84
 _FOLDER = "manifests"
 _DIGEST_CHARACTERS = 16
 _METADATA_KEY = b"cvft"
+_LOGGER = logging.getLogger(__name__)
 
 _IMAGE_FIELDS = [
     ("offset", pa.int64()),  # of the image's first byte within its shard
@@ -37,6 +42,7 @@ _IMAGE_FIELDS = [
     ("xxh3_128", pa.string()),
     ("height_px", pa.int32()),
     ("width_px", pa.int32()),
+    ("source_xxh3_128", pa.string()),  # of the original file where the shard holds another; else null
 ]
 PAIR_SCHEMA = pa.schema(
     [
@@ -48,6 +54,11 @@ PAIR_SCHEMA = pa.schema(
         ("latitude_deg", pa.float64()),
         ("longitude_deg", pa.float64()),
         ("heading_deg", pa.float64()),
+        ("easting_m", pa.float64()),  # UTM, where the dataset gives it
+        ("northing_m", pa.float64()),
+        ("ground_first_row_px", pa.int32()),  # rows [first, stop) of the ground image are used; null: all
+        ("ground_stop_row_px", pa.int32()),
+        ("metadata", pa.string()),  # further facts of the layout as canonical JSON, or null
     ]
 )
 
@@ -59,13 +70,13 @@ class ShardInfo:
     Attributes:
         name: Its path within the store.
         num_bytes: Its length.
-        sha256: Its digest, which also names it in caches.
+        blake3: Its digest, hexadecimal, which also names it in caches.
         num_pairs: How many pairs it holds.
     """
 
     name: str
     num_bytes: int
-    sha256: str
+    blake3: str
     num_pairs: int
 
 
@@ -80,6 +91,7 @@ class Manifest:
         shards: The tars, in the order that the column `shard` counts them.
         excluded: Problems that kept listed pairs out of the shards.
         store_uri: The store that holds manifest and shards.
+        profile: What the shards' images are.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class Manifest:
         shards: Sequence[ShardInfo],
         excluded: Sequence[Problem],
         store_uri: str,
+        profile: ShardProfile = ORIGINAL,
     ) -> None:
         self.layout = layout
         self.plan = plan
@@ -98,6 +111,7 @@ class Manifest:
         self.shards = tuple(shards)
         self.excluded = tuple(excluded)
         self.store_uri = store_uri
+        self.profile = profile
         self.digest = self._compute_digest()
 
     @classmethod
@@ -105,20 +119,21 @@ class Manifest:
         """Read and verify a manifest.
 
         Args:
-            uri: `<store>/manifests/<digest>.parquet`, local or remote.
+            uri: `<store>/manifests/<digest>.parquet`, local or remote, or the store itself, whose pointer is followed.
 
         Raises:
-            ShardError: The name is not a manifest's, the file is damaged, or its content is not what its name says.
+            ShardError: The name is not a manifest's or a store's, the file is damaged or of another version, or its
+                content is not what its name says.
             StoreError: It cannot be read.
         """
         uri = Store.from_uri(uri).uri()  # absolute, so that `manifests/x.parquet` names its store as well
         store_uri, _, name = uri.rpartition(f"/{_FOLDER}/")
         if not store_uri or not name.endswith(".parquet"):
-            raise ShardError(f"{uri}: is no manifest; name <store>/{_FOLDER}/<digest>.parquet as `shard` printed it")
+            return cls._load_newest(uri)
         data = Store.from_uri(store_uri).read_bytes(f"{_FOLDER}/{name}")
         try:
             manifest = cls._decode(data, store_uri)
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        except (OSError, pa.ArrowException, ConfigError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ShardError(f"{uri}: the manifest is damaged ({reason}); delete it and shard again") from None
         if not manifest.digest.startswith(name.removesuffix(".parquet")):
@@ -127,18 +142,35 @@ class Manifest:
         return manifest
 
     @classmethod
+    def _load_newest(cls, store_uri: str) -> Manifest:
+        found = read_pointer(Store.from_uri(store_uri))
+        if found is None:
+            raise ShardError(
+                f"{store_uri}: is no manifest and has no {POINTER_FILE}; name the store or "
+                f"<store>/{_FOLDER}/<digest>.parquet as `shard` printed it"
+            )
+        manifest = cls.load(Store.from_uri(store_uri).uri(found.manifest))
+        _LOGGER.info("%s: generation %d, digest %s", store_uri, found.generation, manifest.digest)
+        return manifest
+
+    @classmethod
     def _decode(cls, data: bytes, store_uri: str) -> Manifest:
         pairs = pq.read_table(io.BytesIO(data))
         metadata = json.loads(pairs.schema.metadata[_METADATA_KEY])
-        if metadata["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {metadata['schema_version']}, this program reads {SCHEMA_VERSION}")
+        version = metadata["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ShardError(
+                f"{store_uri}: the manifest has schema version {version}, this program reads {SCHEMA_VERSION}; "
+                "shard the raw data again"
+            )
         return cls(
             layout=metadata["layout"],
             plan=metadata["plan"],
-            pairs=pairs.replace_schema_metadata(None),
+            pairs=pairs.select(PAIR_SCHEMA.names).replace_schema_metadata(None).cast(PAIR_SCHEMA),
             shards=[ShardInfo(**shard) for shard in metadata["shards"]],
             excluded=[Problem(**problem) for problem in metadata["excluded"]],
             store_uri=store_uri,
+            profile=ShardProfile.from_plain(metadata["profile"]),
         )
 
     @property
@@ -159,7 +191,7 @@ class Manifest:
             ShardError: There is a damaged file of this name.
             StoreError: The store cannot be written.
         """
-        metadata = {_METADATA_KEY: _canonical(self._metadata()).encode()}
+        metadata = {_METADATA_KEY: canonical_json(self._metadata()).encode()}
         stream = io.BytesIO()
         pq.write_table(self.pairs.replace_schema_metadata(metadata), stream, compression="zstd")
         if not Store.from_uri(self.store_uri).create_bytes(self._path, stream.getvalue()):
@@ -205,14 +237,16 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "layout": self.layout,
             "plan": self.plan,
+            "profile": self.profile.plain(),
             "shards": [asdict(shard) for shard in self.shards],
             "excluded": [asdict(problem) for problem in self.excluded],
         }
 
     def _compute_digest(self) -> str:
-        content = hashlib.sha256(_canonical(self._metadata()).encode())
+        content = hashlib.sha256(canonical_json(self._metadata()).encode())
         for name in PAIR_SCHEMA.names:
-            content.update(_canonical({name: self.pairs[name].to_pylist()}).encode())
+            content.update(name.encode())
+            content.update(_column_bytes(self.pairs[name]))
         return content.hexdigest()
 
 
@@ -221,9 +255,19 @@ def pair_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=PAIR_SCHEMA)
 
 
-def _canonical(content: Any) -> str:
-    # NaN never occurs (unknown is null), and repr of a float is the same everywhere: one content has one text.
+def canonical_json(content: Any) -> str:
+    """Return plain data as the one JSON text that equal content always has."""
+    # NaN never occurs (unknown is null), and repr of a float is the same everywhere.
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _column_bytes(column: pa.ChunkedArray) -> bytes:
+    """Return a column's content as bytes that do not depend on how Arrow holds it."""
+    if pa.types.is_string(column.type):
+        return canonical_json(column.to_pylist()).encode()
+    values = column.fill_null(0).to_numpy()
+    is_null = np.packbits(column.is_null().to_numpy())
+    return b"".join([values.astype(values.dtype.newbyteorder("<")).tobytes(), is_null.tobytes()])
 
 
 def _degrees(pairs: pa.Table) -> npt.NDArray[np.float64]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import xxhash
+from blake3 import blake3
 
 from cvft.errors import ShardError
 from pipeline.manifest import ShardInfo
@@ -24,7 +25,7 @@ from pipeline.storage import Store
 from pipeline.validate import ROLES, LoadedImage, load_pair
 
 # Part of every plan's fingerprint: raise it when the bytes of a shard change for the same input.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
             if len(images) == len(ROLES):
                 rows.append(_write_pair(tar, pair, images))
         tar.finish()
-    info = ShardInfo(name=spec.name, num_bytes=tar.position, sha256=tar.sha256(), num_pairs=len(rows))
+    info = ShardInfo(name=spec.name, num_bytes=tar.position, blake3=tar.blake3(), num_pairs=len(rows))
     entry = ShardEntry(info=info, fingerprint=fingerprint, rows=rows, problems=problems)
     store.write_bytes(spec.sidecar, json.dumps(asdict(entry), sort_keys=True).encode())
     return entry
@@ -128,7 +129,7 @@ class TarStream:
     def __init__(self, stream: Any) -> None:
         self.position = 0
         self._stream = stream
-        self._sha256 = hashlib.sha256()
+        self._blake3 = blake3()
 
     def add(self, name: str, data: bytes) -> int:
         """Write one member; return the offset of its first byte."""
@@ -145,13 +146,13 @@ class TarStream:
         end = self.position + 2 * tarfile.BLOCKSIZE
         self._write(bytes(end - self.position + -end % tarfile.RECORDSIZE))
 
-    def sha256(self) -> str:
+    def blake3(self) -> str:
         """Return the digest of everything written."""
-        return self._sha256.hexdigest()
+        return self._blake3.hexdigest()
 
     def _write(self, data: bytes) -> None:
         self._stream.write(data)
-        self._sha256.update(data)
+        self._blake3.update(data)
         self.position += len(data)
 
 

@@ -83,7 +83,7 @@ class TestRemote:
         expected = raw_bytes(cvusa)
         dataset = PairDataset(manifest, "train", cache=cache)
         assert [tuple(map(bytes, dataset.read(row))) for row in range(11)] == [expected[key] for key in dataset.keys]
-        digests = {shard.sha256 for shard in manifest.shards if "train" in shard.name}
+        digests = {shard.blake3 for shard in manifest.shards if "train" in shard.name}
         assert {path.name for path in cache.iterdir()} == {f"{digest}.tar" for digest in digests}
         times = [path.stat().st_mtime_ns for path in sorted(cache.iterdir())]
         PairDataset(manifest, "train", cache=cache)
@@ -96,6 +96,6 @@ class TestRemote:
         wrong[5000] ^= 1
         from_store = Manifest.load(manifest.uri)
         Store.from_uri(s3_uri).write_bytes(from_store.shards[0].name, bytes(wrong))
-        with pytest.raises(ShardError, match="its sha256 is not the manifest's"):
+        with pytest.raises(ShardError, match="its blake3 is not the manifest's"):
             PairDataset(from_store, "train", cache=tmp_path / "cache")
         assert list((tmp_path / "cache").iterdir()) == []

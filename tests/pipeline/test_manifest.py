@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from cvft.errors import DataError, ShardError, StoreError
 from pipeline.manifest import Manifest, pair_table
+from pipeline.pointer import Pointer
+from pipeline.profile import ORIGINAL, preresized
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
 
@@ -58,7 +61,7 @@ def test_digest_is_the_contents_and_neither_the_places_nor_the_files(cvusa, tmp_
 def test_digest_of_a_known_manifest_is_a_constant():
     assert (
         located([(60.0, 24.0), (None, None)]).digest
-        == "1ce52a6fc653ed2eaf7e9ba6b4260ac77b7aef134e2e907f5d3967404865abfa"
+        == "0f01ae4e6b6c81376e6c7d8128719a0001a71a8b5abfb539da3a03d303883643"
     )
 
 
@@ -70,6 +73,52 @@ def test_digest_changes_with_any_content():
         layout="table", plan="", pairs=located([place]).pairs, shards=[], excluded=[problem], store_uri="/nowhere"
     )
     assert len(digests | {excluding.digest}) == 4
+
+
+def test_profile_is_remembered_and_part_of_the_digest(tmp_path):
+    pairs = located([(1.0, 2.0)]).pairs
+    manifests = [
+        Manifest(layout="table", plan="", pairs=pairs, shards=[], excluded=[], store_uri=str(tmp_path), profile=profile)
+        for profile in (ORIGINAL, preresized((112, 616), (256, 256)), preresized((112, 616), (256, 260)))
+    ]
+    assert len({manifest.digest for manifest in manifests}) == 3
+    assert [Manifest.load(manifest.publish()).profile for manifest in manifests] == [m.profile for m in manifests]
+
+
+def test_null_differs_from_zero_in_the_digest():
+    assert located([(0.0, 0.0)]).digest != located([(None, None)]).digest
+
+
+def test_manifest_of_an_older_schema_is_refused_by_its_version(tmp_path):
+    path = located([(1.0, 2.0)], str(tmp_path)).publish()
+    table = pq.read_table(path)
+    metadata = json.loads(table.schema.metadata[b"cvft"]) | {"schema_version": 1}
+    pq.write_table(table.replace_schema_metadata({b"cvft": json.dumps(metadata).encode()}), path)
+    with pytest.raises(ShardError, match="has schema version 1, this program reads 2; shard the raw data again"):
+        Manifest.load(path)
+
+
+class TestStoreInPlaceOfTheManifest:
+    def test_pointer_is_followed_and_the_digest_said(self, tmp_path, caplog):
+        manifest = located([(1.0, 2.0)], str(tmp_path))
+        name = manifest.publish().removeprefix(f"{tmp_path}/")
+        pointer = Pointer(generation=3, manifest=name, digest=manifest.digest, previous="0" * 64)
+        (tmp_path / "dataset.json").write_bytes(pointer.encode())
+        caplog.set_level("INFO")
+        assert Manifest.load(str(tmp_path)).digest == manifest.digest
+        assert f"generation 3, digest {manifest.digest}" in caplog.text
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": 1, "generation": 1}', b"\xff"])
+    def test_damaged_pointer_is_told(self, content, tmp_path):
+        (tmp_path / "dataset.json").write_bytes(content)
+        with pytest.raises(ShardError, match=r"dataset\.json: is damaged"):
+            Manifest.load(str(tmp_path))
+
+    def test_pointer_of_a_later_format_is_told(self, tmp_path):
+        content = json.loads(Pointer(generation=1, manifest="m", digest="d", previous=None).encode())
+        (tmp_path / "dataset.json").write_text(json.dumps(content | {"format": 2}))
+        with pytest.raises(ShardError, match="is of another format than 1"):
+            Manifest.load(str(tmp_path))
 
 
 def test_excluded_pairs_are_remembered(tmp_path):
@@ -123,7 +172,7 @@ def test_renamed_manifest_is_refused(tmp_path):
 
 
 def test_other_names_and_absent_files_are_refused(tmp_path):
-    with pytest.raises(ShardError, match="is no manifest"):
+    with pytest.raises(ShardError, match=r"is no manifest and has no dataset\.json"):
         Manifest.load(str(tmp_path / "shards.parquet"))
     with pytest.raises(StoreError, match="no such file"):
         Manifest.load(str(tmp_path / "manifests/0123456789abcdef.parquet"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
+from blake3 import blake3
 from PIL import Image
 
 from cvft.errors import ShardError
@@ -77,7 +77,7 @@ def test_offsets_and_digests_lead_to_the_original_bytes(cvusa, store):
             start = row[f"{role}_offset"]
             assert content[start : start + row[f"{role}_bytes"]] == (cvusa / path).read_bytes()
     assert entry.info == ShardInfo(
-        name=spec.name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), num_pairs=11
+        name=spec.name, num_bytes=len(content), blake3=blake3(content).hexdigest(), num_pairs=11
     )
 
 

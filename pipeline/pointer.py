@@ -1,0 +1,65 @@
+"""`<store>/dataset.json`: which manifest is the dataset's newest.
+
+The pointer is the only file of a store that ever changes. It is moved by compare-and-swap, so that of two jobs racing
+for one dataset exactly one moves it, and the other learns of it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from cvft.errors import ShardError
+from pipeline.storage import Store
+
+POINTER_FILE = "dataset.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointer:
+    """What the pointer says.
+
+    Attributes:
+        generation: 1 for a dataset's first manifest, then one more for each.
+        manifest: The manifest's path within the store.
+        digest: Its digest.
+        previous: The digest of the generation before, if there is one.
+    """
+
+    generation: int
+    manifest: str
+    digest: str
+    previous: str | None
+
+    def encode(self) -> bytes:
+        """Return the file's content."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2).encode()
+
+
+def read_pointer(store: Store) -> Pointer | None:
+    """Return what the store's pointer says, or None if there is none.
+
+    Raises:
+        ShardError: It is damaged.
+        StoreError: It cannot be read.
+    """
+    return decode_pointer(store.read_bytes(POINTER_FILE), store) if store.exists(POINTER_FILE) else None
+
+
+def decode_pointer(data: bytes, store: Store) -> Pointer:
+    """Return what a pointer file's content says.
+
+    Raises:
+        ShardError: It is damaged, or of a later format.
+    """
+    try:
+        content = json.loads(data)
+        is_known = content.pop("format") == _FORMAT
+        pointer = Pointer(**content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ShardError(f"{store.uri(POINTER_FILE)}: is damaged ({reason}); delete it and shard again") from None
+    if not is_known:
+        raise ShardError(f"{store.uri(POINTER_FILE)}: is of another format than {_FORMAT}; update this program")
+    return pointer
