@@ -22,7 +22,8 @@ class PreprocessConfig:
         mean: Subtracted from each channel (0 to 255), in `channel_order`. The official red mean is 123.6.
         std: Each channel is divided by this after the subtraction, in `channel_order`.
         decode_profile: `exact` decodes fully and averages areas; `fast` uses the JPEG's own half-size decoding where it
-            is large enough and interpolates linearly. They differ by about 1.7 grey levels.
+            is large enough and interpolates linearly. They differ by about 1.7 grey levels. `preresized` takes the
+            images of a dataset that was sharded at exactly these sizes as they are.
     """
 
     ground_size_px: tuple[int, int] = (112, 616)
@@ -30,7 +31,7 @@ class PreprocessConfig:
     channel_order: Literal["rgb", "bgr"] = "bgr"
     mean: tuple[float, float, float] = (103.939, 116.779, 123.6)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    decode_profile: Literal["exact", "fast"] = "exact"
+    decode_profile: Literal["exact", "fast", "preresized"] = "exact"
 
     def __post_init__(self) -> None:
         for name in ("ground_size_px", "aerial_size_px"):

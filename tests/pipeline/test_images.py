@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
+import zlib
 
 import cv2
 import numpy as np
@@ -128,3 +131,91 @@ def test_encoded_jpeg_comes_back_nearly_the_same():
     pixels = picture((64, 96))
     difference = np.abs(decoded(encode_jpeg(pixels, quality=95), (64, 96), "exact").astype(int) - pixels)
     assert difference.mean() < 3
+
+
+def striped(rows: slice) -> np.ndarray:
+    """A panorama of CVACT's size: a picture where it is used, and red everywhere else."""
+    pixels = np.zeros((832, 1664, 3), np.uint8)
+    pixels[..., 0] = 255
+    pixels[rows] = picture((rows.stop - rows.start, 1664))
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("rows", "target_px"), [((208, 624), (112, 616)), ((208, 624), (56, 308)), ((3, 5), (8, 64))])
+def test_exact_cut_equals_opencv_on_the_cut_bit_for_bit(rows, target_px, kind):
+    data = pillow_bytes(striped(slice(208, 624)), kind=kind)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[slice(*rows)]
+    expected = cv2.resize(pixels, target_px[::-1], interpolation=cv2.INTER_AREA)[..., ::-1]
+    out = np.empty((*target_px, 3), np.uint8)
+    decode(data, out, profile="exact", rows_px=rows)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "target_px", "factor"),
+    [
+        ((208, 624), (112, 616), 2),  # CVACT
+        ((208, 624), (104, 416), 4),
+        ((206, 622), (104, 416), 2),  # a quarter would cut at 51.5
+        ((207, 623), (400, 832), 1),
+        ((416, 832), (112, 616), 2),
+    ],
+)
+def test_fast_cut_is_aligned_with_the_halved_image(rows, target_px, factor):
+    data = pillow_bytes(picture((832, 1664)), quality=95)
+    out = np.empty((*target_px, 3), np.uint8)
+    decode(data, out, profile="fast", rows_px=rows)
+    scaled = simplejpeg.decode_jpeg(data, min_height=832 // factor, min_width=1664 // factor)
+    cut = scaled[rows[0] // factor : rows[1] // factor]
+    is_gentle = cut.shape[0] < 2 * target_px[0] and cut.shape[1] < 2 * target_px[1]
+    method = cv2.INTER_LINEAR if is_gentle else cv2.INTER_AREA
+    np.testing.assert_array_equal(out, cv2.resize(cut, target_px[::-1], interpolation=method))
+
+
+def test_rows_that_an_image_lacks_are_refused():
+    with pytest.raises(DataError, match="rows 208 to 624 are wanted of 500"):
+        decode(encode_jpeg(picture((500, 800))), np.empty((16, 16, 3), np.uint8), profile="fast", rows_px=(208, 624))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_preresized_image_is_taken_as_it_is(kind):
+    data = pillow_bytes(picture((64, 96)), kind=kind)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image)
+    np.testing.assert_array_equal(decoded(data, (64, 96), "preresized"), expected)
+
+
+def test_preresized_image_of_another_size_is_refused():
+    with pytest.raises(DataError, match="is 64x96, not 64x95 as a preresized one must be"):
+        decoded(encode_jpeg(picture((64, 96))), (64, 95), "preresized")
+
+
+def png_that_claims(height_px: int, width_px: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, body)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def jpeg_that_claims(height_px: int, width_px: int) -> bytes:
+    data = bytearray(encode_jpeg(picture((64, 64))))
+    start_of_frame = data.index(b"\xff\xc0")
+    data[start_of_frame + 5 : start_of_frame + 9] = struct.pack(">HH", height_px, width_px)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data", [png_that_claims(60_000, 60_000), png_that_claims(2, 2**31 - 1), jpeg_that_claims(65_000, 65_000)]
+)
+def test_bomb_is_refused_before_it_is_decoded(data):
+    tracemalloc.start()
+    for use in (read_info, lambda data: decoded(data, (16, 16), "fast"), lambda data: thumbnail(data, 10)):
+        with pytest.raises(DataError, match=r"claims \d+x\d+ pixels, more than the 200 million allowed"):
+            use(data)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_large_image_below_the_limit_is_no_bomb_to_pillow_either():
+    assert read_info(png_that_claims(10_000, 19_999)).width_px == 19_999
