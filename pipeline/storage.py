@@ -1,43 +1,52 @@
 """One small interface over local folders and object stores: `runs/shards`, `file:///data/shards`, `s3://bucket/prefix`.
 
-An object store is a matter of configuration: endpoint, region and credentials come from the usual AWS variables
-(AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). A `Store` is named by its URI, so a worker on
-another node opens its own from the same string.
+An object store is a matter of configuration, see `pipeline.s3`. A `Store` is named by its URI, so a worker on another
+node opens its own from the same string; it is cheap to make, and can be pickled.
 
-What is promised: a file written here appears whole under its name or not at all (locally a temporary file, fsync and a
-rename; in an object store the object's own rule), and a create-only write has exactly one winner.
+What is promised: a file written here appears whole under its name or not at all, and leaves nothing behind when it does
+not (locally a temporary file, fsync and a rename; in an object store the object's own rule, large ones in parts). A
+create-only write has exactly one winner, and so has a compare-and-swap.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import boto3
-import botocore.exceptions
+from botocore.exceptions import BotoCoreError, ClientError
 from pyarrow import fs
 
 from cvft.errors import StoreError
-
-# Without these, pyarrow's writes are refused by stores that know no trailing checksums (Ceph answers HTTP 411).
-CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+from pipeline.local_files import LocalFolder
+from pipeline.s3 import S3Folder
 
 _Translate = Callable[[], AbstractContextManager[None]]
 
 
-class Store:
-    """A folder, local or remote; every path given to its methods is relative to it and uses forward slashes."""
+class FileStatus(NamedTuple):
+    """What tells whether a file has changed.
 
-    def __init__(self, *, filesystem: Any, root: str, scheme: str) -> None:
-        self._filesystem = filesystem
-        self._root = root.rstrip("/")
-        self._scheme = scheme
+    Attributes:
+        num_bytes: Its size.
+        stamp: Locally its time of modification in nanoseconds, in an object store its ETag.
+    """
+
+    num_bytes: int
+    stamp: str
+
+
+class Store:
+    """A folder, local or remote; every path given to its methods is relative to it and uses forward slashes.
+
+    Every method raises `StoreError`, one line that says what to do, where the place cannot be reached, read or written.
+    """
+
+    def __init__(self, folder: LocalFolder | S3Folder) -> None:
+        self._folder = folder
 
     @classmethod
     def from_uri(cls, uri: str | Path) -> Store:
@@ -49,144 +58,155 @@ class Store:
         text = str(uri)
         scheme, separator, rest = text.partition("://")
         if not separator:
-            return cls(filesystem=fs.LocalFileSystem(), root=str(Path(text).expanduser().absolute()), scheme="file")
+            return cls(LocalFolder(Path(text).expanduser().absolute()))
         if scheme == "file":
-            return cls(filesystem=fs.LocalFileSystem(), root=str(Path(unquote(rest)).absolute()), scheme="file")
+            return cls(LocalFolder(Path(unquote(rest)).absolute()))
         if scheme == "s3":
             if not rest.strip("/"):
                 raise StoreError(f"{text}: names no bucket; write s3://bucket/prefix")
-            return cls(filesystem=_s3_filesystem(), root=rest, scheme="s3")
+            return cls(S3Folder(rest))
         raise StoreError(f"{text}: unknown scheme {scheme!r}; use a local path, file:// or s3://")
 
     def uri(self, path: str = "") -> str:
         """Return the full name of `path`: an absolute path if local, else a URI."""
-        full = self._full(path)
-        return full if self._scheme == "file" else f"{self._scheme}://{full}"
+        full = f"{self._folder.root}/{path}" if path else self._folder.root
+        return full if isinstance(self._folder, LocalFolder) else f"s3://{full}"
 
     @property
     def arrow(self) -> tuple[Any, str]:
         """The pyarrow file system and the path within it, for libraries that write there themselves."""
-        return self._filesystem, self._root
+        if isinstance(self._folder, LocalFolder):
+            return fs.LocalFileSystem(), self._folder.root
+        with self._translate("", "open"):
+            return self._folder.arrow(), self._folder.root
 
     def local_path(self, path: str) -> Path | None:
         """Return `path` as a file on this machine, or None in an object store."""
-        return Path(self._full(path)) if self._scheme == "file" else None
+        return self._folder.file(path) if isinstance(self._folder, LocalFolder) else None
+
+    def status(self, path: str) -> FileStatus | None:
+        """Return size and stamp of the file at `path`, or None if there is none."""
+        with self._translate(path, "look at"):
+            status = self._folder.status(path)
+        return None if status is None else FileStatus(*status)
 
     def exists(self, path: str) -> bool:
         """Tell whether there is a file at `path`."""
-        return bool(self._info(path).is_file)
+        return self.status(path) is not None
 
     def size(self, path: str) -> int | None:
         """Return the bytes of the file at `path`, or None if there is none."""
-        info = self._info(path)
-        return int(info.size) if info.is_file else None
+        status = self.status(path)
+        return None if status is None else status.num_bytes
 
     def list(self, prefix: str = "") -> list[str]:
         """Return all files below the folder `prefix`, sorted; none if there is no such folder."""
-        selector = fs.FileSelector(self._full(prefix), recursive=True, allow_not_found=True)
+        return list(self.list_sizes(prefix))
+
+    def list_sizes(self, prefix: str = "") -> dict[str, FileStatus]:
+        """Return size and stamp of all files below the folder `prefix`, sorted by path, from one listing."""
         with self._translate(prefix, "list"):
-            infos = self._filesystem.get_file_info(selector)
-        start = len(self._root) + 1
-        return sorted(info.path[start:] for info in infos if info.is_file)
+            found = self._folder.list(prefix)
+        return {path: FileStatus(*status) for path, status in sorted(found.items())}
 
     def read_bytes(self, path: str) -> bytes:
         """Return the whole file."""
-        with self._translate(path, "read"), self._filesystem.open_input_stream(self._full(path)) as stream:
+        with self.open_input(path) as stream:
             return bytes(stream.read())
 
+    def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Return exactly `num_bytes` from the position `start` on.
+
+        Raises:
+            StoreError: The file ends before.
+        """
+        if num_bytes == 0:
+            return b""
+        with self._translate(path, "read"):
+            data = self._folder.read_range(path, start, num_bytes)
+        if len(data) != num_bytes:
+            raise StoreError(f"{self.uri(path)}: has no bytes {start} to {start + num_bytes}, it ends before")
+        return data
+
+    def read_versioned(self, path: str) -> tuple[bytes, str] | None:
+        """Return the whole file and its version, as `replace_bytes` takes it; None if there is no file."""
+        with self._translate(path, "read"):
+            return self._folder.read_versioned(path)
+
     @contextmanager
-    def open_input(self, path: str) -> Iterator[Any]:
+    def open_input(self, path: str) -> Iterator[Stream]:
         """Open a file for reading: `read(n)`, `seek(position)`."""
         translate = partial(self._translate, path, "read")
         with translate():
-            stream = self._filesystem.open_input_file(self._full(path))
-        with stream:
-            yield _Stream(stream, translate)
+            stream = self._folder.open_input(path)
+        try:
+            yield Stream(stream, translate)
+        finally:
+            stream.close()
 
     @contextmanager
-    def open_output(self, path: str) -> Iterator[Any]:
-        """Open a file for writing (`write(data)`); it appears under its name when the block ends without an error."""
+    def open_output(self, path: str) -> Iterator[Stream]:
+        """Open a file for writing (`write(data)`); it appears under its name when the block ends without an error.
+
+        An object is sent while it is written, from at most 64 MiB of memory (see `pipeline.s3_upload`).
+        """
         translate = partial(self._translate, path, "write")
-        if self._scheme == "file":
-            with _atomic_file(Path(self._full(path)), translate) as stream:
-                yield stream
-            return
         with translate():
-            stream = self._filesystem.open_output_stream(self._full(path))
+            output = self._folder.open_output(path)
         try:
-            yield _Stream(stream, translate)
-        except BaseException:
-            # An S3 stream publishes what it holds when it is closed: take the torso away again.
+            yield Stream(output, translate)
             with translate():
-                stream.close()
-                self._filesystem.delete_file(self._full(path))
+                output.commit()
+        except BaseException:
+            output.abort()
             raise
-        with translate():
-            stream.close()
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write the whole file, replacing one of that name."""
         with self.open_output(path) as stream:
             stream.write(data)
 
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Write the whole file unless there is one; return whether this call made it (of racing calls, one does)."""
+        with self._translate(path, "write"):
+            return self._folder.create(path, data)
+
+    def replace_bytes(self, path: str, data: bytes, expected: str | None) -> bool:
+        """Write the whole file if it is still the version that `read_versioned` told; return whether it was written.
+
+        Of racing calls that expect the same version, one writes. Plain writes beside them are not held back.
+
+        Args:
+            path: The file.
+            data: Its new content.
+            expected: The version it must have; None if there must be no file.
+        """
+        if expected is None:
+            return self.create_bytes(path, data)
+        with self._translate(path, "write"):
+            return self._folder.replace(path, data, expected)
+
     def delete(self, path: str) -> None:
         """Delete the file at `path` if there is one."""
         with self._translate(path, "delete"):
-            if self._info(path).is_file:
-                self._filesystem.delete_file(self._full(path))
+            self._folder.delete(path)
 
     def delete_folder(self, path: str) -> None:
         """Delete the folder `path` and all files below it."""
         with self._translate(path, "delete"):
-            self._filesystem.delete_dir(self._full(path))
-
-    def create_bytes(self, path: str, data: bytes) -> bool:
-        """Write the whole file unless there is one; return whether this call made it (of racing calls, one does)."""
-        with self._translate(path, "write"):
-            return self._create_local(path, data) if self._scheme == "file" else self._create_s3(path, data)
-
-    def _create_local(self, path: str, data: bytes) -> bool:
-        target = Path(self._full(path))
-        temporary = _temporary_beside(target)
-        try:
-            _write_synced(temporary, data)
-            os.link(temporary, target)  # unlike a rename, a link refuses an existing name
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
-
-    def _create_s3(self, path: str, data: bytes) -> bool:
-        bucket, _, key = self._full(path).partition("/")
-        try:
-            # pyarrow knows no conditional write.
-            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        except botocore.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:  # precondition failed: it exists
-                return False
-            raise
-        return True
-
-    def _full(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root
-
-    def _info(self, path: str) -> Any:
-        with self._translate(path, "look at"):
-            return self._filesystem.get_file_info(self._full(path))
+            self._folder.delete_folder(path)
 
     @contextmanager
     def _translate(self, path: str, verb: str) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
-            raise StoreError(f"{self.uri(path)}: cannot {verb} it, there is no such file or bucket") from None
-        except (OSError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            reason = " ".join(str(error).split())
-            raise StoreError(f"{self.uri(path)}: cannot {verb} it: {reason}") from error
+            raise StoreError(f"{self.uri(path)}: cannot {verb} it: there is no such file") from None
+        except (OSError, ValueError, BotoCoreError, ClientError) as error:
+            raise StoreError(f"{self.uri(path)}: cannot {verb} it: {self._folder.explain(error)}") from error
 
 
-class _Stream:
+class Stream:
     """A file of a store whose own errors become the store's; those of the block that uses it stay what they are."""
 
     def __init__(self, stream: Any, translate: _Translate) -> None:
@@ -194,53 +214,20 @@ class _Stream:
         self._translate = translate
 
     def read(self, num_bytes: int | None = None) -> bytes:
+        """Return so many bytes, fewer only at the file's end; all that is left without a number."""
         with self._translate():
-            return bytes(self._stream.read(num_bytes))
+            return bytes(self._stream.read(-1 if num_bytes is None else num_bytes))
 
-    def seek(self, position: int) -> None:
+    def seek(self, position: int) -> int:
+        """Read on from `position`."""
         with self._translate():
-            self._stream.seek(position)
+            return int(self._stream.seek(position))
+
+    def tell(self) -> int:
+        """Return the position of the next byte."""
+        return int(self._stream.tell())
 
     def write(self, data: bytes) -> None:
+        """Append `data`."""
         with self._translate():
             self._stream.write(data)
-
-
-def _s3_filesystem() -> Any:
-    for name in CHECKSUM_VARIABLES:
-        os.environ.setdefault(name, "when_required")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint is None:
-        return fs.S3FileSystem(region=region)
-    # Stores of one's own have no regions, but the request's signature needs some name.
-    return fs.S3FileSystem(endpoint_override=endpoint, region=region or "us-east-1")
-
-
-def _temporary_beside(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-@contextmanager
-def _atomic_file(target: Path, translate: _Translate) -> Iterator[_Stream]:
-    with translate():
-        temporary = _temporary_beside(target)
-        stream = temporary.open("wb")
-    try:
-        yield _Stream(stream, translate)
-        with translate():
-            stream.flush()
-            os.fsync(stream.fileno())
-            temporary.replace(target)
-    finally:
-        with translate():
-            temporary.unlink(missing_ok=True)
-            stream.close()

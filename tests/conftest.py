@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,7 @@ def ray_cluster(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="session")
 def _s3_server(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
-        command = [sys.executable, "-m", "moto.server", "-p", str(s3_port)]
+        command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(s3_port)]
         server = subprocess.Popen(command, stdout=log, stderr=log)
         while not _is_open(s3_port):
             assert server.poll() is None, "the S3 server did not start"

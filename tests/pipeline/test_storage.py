@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cvft.errors import StoreError
-from pipeline.storage import CHECKSUM_VARIABLES, Store
+from pipeline.s3 import CHECKSUM_VARIABLES
+from pipeline.storage import FileStatus, Store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.objectstore)])
@@ -43,6 +44,30 @@ def test_listing_is_recursive_sorted_and_relative(store):
     assert store.list() == ["x/2.bin", "x/y/1.bin", "z.bin"]
     assert store.list("x") == ["x/2.bin", "x/y/1.bin"]
     assert store.list("nothing") == []
+
+
+def test_range_is_read_exactly_or_refused(store):
+    store.write_bytes("a.bin", b"0123456789")
+    assert store.read_range("a.bin", 3, 4) == b"3456"
+    assert store.read_range("a.bin", 0, 10) == b"0123456789"
+    assert store.read_range("a.bin", 10, 0) == b""
+    for start in (8, 10, 99):
+        with pytest.raises(StoreError, match=rf"a\.bin: has no bytes {start} to {start + 4}"):
+            store.read_range("a.bin", start, 4)
+    with pytest.raises(StoreError, match=r"no\.bin: cannot read it: there is no such file"):
+        store.read_range("no.bin", 0, 1)
+
+
+def test_listing_tells_sizes_and_a_stamp_that_changes_with_the_content(store):
+    store.write_bytes("x/1.bin", b"12345")
+    before = store.list_sizes("x")
+    assert before == {"x/1.bin": store.status("x/1.bin")}
+    assert isinstance(before["x/1.bin"], FileStatus)
+    assert before["x/1.bin"].num_bytes == 5
+    store.write_bytes("x/1.bin", b"54321")
+    after = store.list_sizes()["x/1.bin"]
+    assert after.num_bytes == 5
+    assert after.stamp != before["x/1.bin"].stamp
 
 
 def test_absent_file_is_told_by_name(store):
@@ -97,6 +122,36 @@ def test_racing_creators_have_one_winner(store):
     assert store.read_bytes("m.bin") == contents[wins.index(True)]
 
 
+def test_swap_needs_the_version_that_was_read(store):
+    assert store.read_versioned("p.json") is None
+    assert not store.replace_bytes("p.json", b"x", "0123456789abcdef")
+    assert store.replace_bytes("p.json", b"first", None)
+    assert not store.replace_bytes("p.json", b"other", None)
+    content, version = store.read_versioned("p.json")
+    assert content == b"first"
+    assert store.replace_bytes("p.json", b"second", version)
+    assert not store.replace_bytes("p.json", b"third", version)
+    assert store.read_bytes("p.json") == b"second"
+    assert store.list() == ["p.json"]
+
+
+def test_racing_swaps_lose_no_update(store):
+    store.write_bytes("count", b"0")
+    losses = []
+
+    def count_up(_: int) -> None:
+        while True:
+            content, version = store.read_versioned("count")
+            if store.replace_bytes("count", str(int(content) + 1).encode(), version):
+                return
+            losses.append(version)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count_up, range(24)))
+    assert store.read_bytes("count") == b"24"
+    assert store.list() == ["count"]
+
+
 def test_file_uri_and_plain_path_are_the_same_store(tmp_path):
     Store.from_uri(tmp_path).write_bytes("a", b"1")
     other = Store.from_uri(f"file://{tmp_path}")
@@ -116,6 +171,7 @@ def test_remote_store_names_its_files_and_sets_the_checksum_variables(s3_uri):
     store = Store.from_uri(s3_uri)
     assert store.uri("a/b") == f"{s3_uri}/a/b"
     assert store.local_path("a/b") is None
+    assert not store.exists("a/b")
     assert {os.environ[name] for name in CHECKSUM_VARIABLES} == {"when_required"}
 
 
