@@ -11,8 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from cvft.errors import DataError
-from pipeline.schema import FileStatus
-from pipeline.storage import Store
+from pipeline.storage import FileStatus, Store
 
 
 class RawFolder:
@@ -127,7 +126,7 @@ class RawFolder:
 
     def _listing(self, store: Store) -> dict[str, FileStatus]:
         if self._files is None:
-            self._files = {path: FileStatus(store.size(path) or 0, "") for path in store.list()}
+            self._files = store.list_sizes()
         return self._files
 
     def _folders(self, store: Store) -> dict[str, list[str]]:

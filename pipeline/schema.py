@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.storage import FileStatus
+
 Layout = Literal["cvusa", "cvact", "vigor", "table"]
 TRAIN = "train"
 VAL = "val"
@@ -33,19 +35,6 @@ class Location:
     heading_deg: float | None = None
     easting_m: float | None = None
     northing_m: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FileStatus:
-    """What tells one state of a file from another without reading it.
-
-    Attributes:
-        num_bytes: Its length.
-        stamp: Time of its last change in nanoseconds (local) or its ETag (object store).
-    """
-
-    num_bytes: int
-    stamp: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.raw import RawFolder
-from pipeline.schema import FileStatus, ImageRules, Layout, Location, PairSource
+from pipeline.schema import ImageRules, Layout, Location, PairSource
+from pipeline.storage import FileStatus
 
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
 MAX_KEY_BYTES = 100 - len(".aerial.jpg")

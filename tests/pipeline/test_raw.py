@@ -114,5 +114,5 @@ class TestRemote:
             open_source(f"{s3_uri}/nowhere")
 
     def test_missing_object_is_one_line(self, s3_uri):
-        with pytest.raises(StoreError, match="no such file or bucket"):
+        with pytest.raises(StoreError, match="there is no such file"):
             RawFolder.from_uri(s3_uri).read_bytes("nothing")
