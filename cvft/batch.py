@@ -19,7 +19,8 @@ class Batch:
         ground: uint8 [B, H, W, 3], RGB.
         aerial: uint8 [B, H, W, 3], RGB.
         index: int64 [B], row of each pair within its split in the manifest.
-        location_m: float64 [B, 2], easting and northing in metres on a plane common to the split; NaN where unknown.
+        location_m: float64 [B, 3], positions in metres whose straight distances are distances on the ground: either
+            (easting, northing, 0) or earth-centred, one kind for the whole dataset; NaN where unknown.
         num_valid: Number of leading rows that count; the rest pads a last evaluation batch.
     """
 

@@ -75,7 +75,7 @@ class Descriptors:
         ground: float32 [N, D].
         aerial: float32 [N, D].
         index: int64 [N], 0 to N - 1.
-        location_m: float64 [N, 2], NaN where unknown.
+        location_m: float64 [N, 3], NaN where unknown.
     """
 
     ground: Tensor

@@ -19,7 +19,7 @@ class Loss(Protocol):
     """A training loss of the descriptors of one global batch, where row i of both views is a pair."""
 
     def __call__(self, ground: Tensor, aerial: Tensor, *, location_m: Tensor | None = None) -> Tensor:
-        """Return the scalar loss of [B, D] descriptors, with the pairs' locations [B, 2] in metres."""
+        """Return the scalar loss of [B, D] descriptors, with the pairs' locations [B, 3] in metres."""
         ...
 
 
@@ -50,8 +50,8 @@ class SoftMarginTripletLoss:
         Args:
             ground: [B, D], L2-normalised.
             aerial: [B, D], L2-normalised; row i belongs to row i of `ground`.
-            location_m: [B, 2], easting and northing in metres; used with `mask_distance_m` alone. A pair whose
-                location is NaN is never masked.
+            location_m: float64 [B, 3], see `Batch`; used with `mask_distance_m` alone. A pair whose location is NaN is
+                never masked.
 
         Returns:
             Scalar.
@@ -79,6 +79,7 @@ class SoftMarginTripletLoss:
             return is_negative
         if location_m is None:
             raise TypeError("location_m is needed, because the loss masks negatives by their distance")
+        # Subtracted before they are squared: the square of an earth-centred coordinate has lost the millimetres.
         squared = (location_m[:, None] - location_m[None, :]).square().sum(dim=-1)
         is_negative &= ~(squared < self.mask_distance_m**2)  # a comparison with NaN is false: unknown is never near
         if not is_negative.any():

@@ -39,9 +39,9 @@ class HitDistance:
     """The protocol that accepts any reference near the query (CVACT_test: 5 m), besides its own.
 
     Attributes:
-        query_location_m: float64 [N, 2], easting and northing in metres; NaN where unknown, then only the query's own
-            reference is a hit.
-        reference_location_m: float64 [M, 2].
+        query_location_m: float64 [N, 3] in metres, see `Batch`; NaN where unknown, then only the query's own reference
+            is a hit.
+        reference_location_m: float64 [M, 3].
         distance_m: A reference nearer than this is a hit.
     """
 

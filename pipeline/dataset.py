@@ -31,7 +31,7 @@ class PairDataset:
 
     Attributes:
         keys: Key of each pair.
-        location_m: float64 [N, 2], see `Manifest.location_m`.
+        location_m: float64 [N, 3], see `Manifest.location_m`.
         split: The split's name.
         manifest: Where it comes from.
     """

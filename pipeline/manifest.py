@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,16 +23,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cvft.errors import ConfigError, DataError, ShardError
+from pipeline.geography import geocentric_m
 from pipeline.pointer import POINTER_FILE, read_pointer
 from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
 
 SCHEMA_VERSION = 2
-EARTH_RADIUS_M = 6_371_008.8  # mean radius of WGS84
 _FOLDER = "manifests"
 _DIGEST_CHARACTERS = 16
 _METADATA_KEY = b"cvft"
+_DEGREES = ("latitude_deg", "longitude_deg")
+_PLANE = ("easting_m", "northing_m")
 _LOGGER = logging.getLogger(__name__)
 
 _IMAGE_FIELDS = [
@@ -209,24 +210,19 @@ class Manifest:
         return self.pairs.filter(pc.field("split") == name)
 
     def location_m(self, split: str) -> npt.NDArray[np.float64]:
-        """Return easting and northing of a split's pairs on one plane for the whole dataset, [N, 2] in metres.
+        """Return where a split's pairs were taken, [N, 3] in metres: straight distances between rows are distances.
 
-        The plane is equirectangular about the mean of all locations: x = R cos(lat0) (lon - lon0), y = R (lat - lat0).
-        The sphere itself is right to 0.5 %. Beyond that a distance is off by up to tan(lat0) times the difference in
-        latitude from the mean (in radians): 0.3 % in a city 20 km across at 60 degrees, but 20 % at the edges of a
-        continent, where only the order of magnitude holds.
+        Where the dataset gives easting and northing to all its located pairs (CVACT) a row is (easting, northing, 0),
+        else the earth-centred position of `geography.geocentric_m`. The choice is one for all splits.
 
         Returns:
             NaN in the rows without a location.
         """
-        everywhere = _degrees(self.pairs)
-        here = _degrees(self.split(split))
-        if np.isnan(everywhere).all():
-            return np.full_like(here, np.nan)
-        latitude0_deg, longitude0_deg = np.nanmean(everywhere, axis=0)
-        east = np.radians(here[:, 1] - longitude0_deg) * math.cos(math.radians(latitude0_deg))
-        north = np.radians(here[:, 0] - latitude0_deg)
-        return EARTH_RADIUS_M * np.stack([east, north], axis=1)
+        here = self.split(split)
+        if _is_on_a_plane(self.pairs):
+            plane_m = _columns(here, *_PLANE)
+            return np.concatenate([plane_m, 0 * plane_m[:, :1]], axis=1)
+        return geocentric_m(*_columns(here, *_DEGREES).T)
 
     @property
     def _path(self) -> str:
@@ -270,6 +266,11 @@ def _column_bytes(column: pa.ChunkedArray) -> bytes:
     return b"".join([values.astype(values.dtype.newbyteorder("<")).tobytes(), is_null.tobytes()])
 
 
-def _degrees(pairs: pa.Table) -> npt.NDArray[np.float64]:
-    columns = [pairs[name].to_numpy(zero_copy_only=False) for name in ("latitude_deg", "longitude_deg")]
+def _is_on_a_plane(pairs: pa.Table) -> bool:
+    has_plane, has_degrees = (np.isfinite(_columns(pairs, *names)).all(axis=1) for names in (_PLANE, _DEGREES))
+    return bool(has_plane.any() and (has_plane | ~has_degrees).all())
+
+
+def _columns(pairs: pa.Table, *names: str) -> npt.NDArray[np.float64]:
+    columns = [pairs[name].to_numpy(zero_copy_only=False) for name in names]
     return np.stack([column.astype(np.float64) for column in columns], axis=1)

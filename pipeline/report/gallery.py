@@ -101,7 +101,7 @@ def retrieval_figure(
         query: Index of the query.
         result: Ranks and best references of all queries.
         images: Gives the ground and aerial image of an index.
-        locations_m: Easting and northing of every pair in metres, [N, 2], NaN where unknown.
+        locations_m: Position of every pair in metres, [N, 3], NaN where unknown.
     """
     ground, _ = images(query)
     shown = shown_references(query, result, locations_m)

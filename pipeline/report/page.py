@@ -87,7 +87,7 @@ def build_report(
         history: One mapping per epoch, see `training_figure`; may be empty.
         result: How the queries did; query i's true reference is i.
         images: Gives the ground and aerial image of an index.
-        locations_m: Easting and northing of every pair in metres, [N, 2], NaN where unknown.
+        locations_m: Position of every pair in metres, [N, 3], NaN where unknown.
         transports: Plans to show; empty for a head without transport.
         facts: Further lines for "How this was made" (run, commit, checkpoint, model version).
         num_examples: How many of the best and of the worst queries to show.

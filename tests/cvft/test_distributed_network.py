@@ -35,7 +35,7 @@ def _batch(rows: torch.Tensor) -> Batch:
     ground, aerial = (
         torch.randint(256, (BATCH_SIZE, *shape), dtype=torch.uint8, generator=generator) for shape in shapes
     )
-    location_m = torch.zeros(BATCH_SIZE, 2, dtype=torch.float64)
+    location_m = torch.zeros(BATCH_SIZE, 3, dtype=torch.float64)
     return Batch(ground=ground[rows], aerial=aerial[rows], index=rows, location_m=location_m[rows], num_valid=len(rows))
 
 

@@ -58,7 +58,7 @@ def test_official_code_differs_by_the_diagonal_alone():
 
 def test_references_nearer_than_the_mask_are_left_out_in_both_directions():
     ground, aerial = _descriptors(num_pairs=4)
-    location_m = torch.tensor([[0.0, 0.0], [15.0, 19.9], [15.0, 20.0], [5e6, 0.0]], dtype=torch.float64)
+    location_m = torch.tensor([[0, 0, 0], [15, 19.9, 0], [15, 20, 0], [5e6, 0, 0]], dtype=torch.float64)
     is_masked = torch.zeros(4, 4, dtype=torch.bool)
     for i, j in ((0, 1), (1, 2)):  # 24.9 m and 0.1 m; 0 and 2 are exactly 25 m apart
         is_masked[i, j] = is_masked[j, i] = True
@@ -67,9 +67,27 @@ def test_references_nearer_than_the_mask_are_left_out_in_both_directions():
     assert loss(ground, aerial, location_m=location_m).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("place_m", [(4e6, 3e6, 4e6), (-4472.0e3, 2671.0e3, -3668.0e3)])
+def test_the_mask_is_right_to_a_hundredth_of_a_millimetre_at_earth_centred_positions(place_m):
+    ground, aerial = _descriptors(num_pairs=4)
+    direction = functional.normalize(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), dim=0)
+    steps_m = torch.tensor([0.0, 24.99999, 50.0, 1e7], dtype=torch.float64)  # 50 is 25.00001 from its neighbour
+    location_m = torch.tensor(place_m, dtype=torch.float64) + steps_m[:, None] * direction
+    is_masked = torch.zeros(4, 4, dtype=torch.bool)
+    is_masked[0, 1] = is_masked[1, 0] = True
+    loss = build_loss(LossConfig(mask_distance_m=25.0))
+    expected = _triple_loop(ground, aerial, 10.0, is_masked)
+    assert loss(ground, aerial, location_m=location_m).item() == pytest.approx(expected, rel=1e-12)
+    # What the test guards against: the expanded form and float32 miss the hundredth.
+    inner = location_m @ location_m.T
+    squared = inner.diagonal()[:, None] + inner.diagonal() - 2 * inner
+    assert (squared[1, 2] - 25.00001**2).abs() > 1e-4
+    assert (location_m.float()[0] - location_m.float()[1]).norm().sub(24.99999).abs() > 1e-3
+
+
 def test_pairs_of_unknown_location_are_never_masked():
     ground, aerial = _descriptors(num_pairs=4)
-    location_m = torch.full((4, 2), math.nan, dtype=torch.float64)
+    location_m = torch.full((4, 3), math.nan, dtype=torch.float64)
     masked = build_loss(LossConfig(mask_distance_m=25.0))(ground, aerial, location_m=location_m)
     assert masked.item() == build_loss(LossConfig())(ground, aerial).item()
 
@@ -82,7 +100,7 @@ def test_a_batch_without_negatives_is_refused(num_pairs, mask_distance_m, words)
     ground, aerial = _descriptors(num_pairs=num_pairs)
     loss = build_loss(LossConfig(mask_distance_m=mask_distance_m))
     with pytest.raises(TrainingError, match=words):
-        loss(ground, aerial, location_m=torch.zeros(num_pairs, 2, dtype=torch.float64))
+        loss(ground, aerial, location_m=torch.zeros(num_pairs, 3, dtype=torch.float64))
 
 
 def test_loss_is_float32_under_autocast():

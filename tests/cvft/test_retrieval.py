@@ -107,7 +107,7 @@ def test_query_and_reference_are_not_exchanged():
 def test_hits_within_a_distance_equal_a_loop(block):
     generator = torch.Generator().manual_seed(0)
     query, reference = torch.randint(-2, 3, (2, 40, 4), generator=generator)
-    query_m, reference_m = 30 * torch.rand(2, 40, 2, dtype=torch.float64, generator=generator)
+    query_m, reference_m = 12 * torch.rand(2, 40, 3, dtype=torch.float64, generator=generator) + 4e6
     query_m[3] = math.nan  # unknown: its own reference alone is a hit
     hits = HitDistance(query_location_m=query_m, reference_location_m=reference_m, distance_m=5.0)
     expected = []
@@ -221,7 +221,7 @@ def test_no_tensor_outgrows_a_block(is_collapsed):
     num, size, block = 1500, 48, 100
     query = _random(num, size, seed=1)
     reference = _random(1, size).expand(num, -1).contiguous() if is_collapsed else _random(num, size)
-    hits = HitDistance(query_location_m=torch.zeros(num, 2), reference_location_m=torch.ones(num, 2), distance_m=1.0)
+    hits = HitDistance(query_location_m=torch.zeros(num, 3), reference_location_m=torch.ones(num, 3), distance_m=1.0)
     with _LargestResult() as largest:
         rank_matches(query, reference, hits=hits, block=block)
     result_bytes = 8 * num * 10

@@ -36,7 +36,7 @@ def random_batch(index: Tensor, num_valid: int | None = None) -> Batch:
         ground=pixels[:, :72].reshape(-1, 4, 6, 3),
         aerial=pixels[:, 72:].reshape(-1, 5, 5, 3),
         index=index,
-        location_m=torch.stack([index * 10.0, index * 0.0], dim=1).double(),
+        location_m=torch.stack([index * 10.0, index * 0.0, index * 0.0], dim=1).double(),
         num_valid=len(index) if num_valid is None else num_valid,
     )
 

@@ -1,4 +1,4 @@
-"""A manifest is named by its content, refuses any other, and puts pairs on a plane in metres."""
+"""A manifest is named by its content, refuses any other, and says in metres where pairs were taken."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import pyproj
 import pytest
 
 from cvft.errors import DataError, ShardError, StoreError
+from pipeline.geography import geocentric_m
 from pipeline.manifest import Manifest, pair_table
 from pipeline.pointer import Pointer
 from pipeline.profile import ORIGINAL, preresized
@@ -26,12 +29,6 @@ def located(places: list[tuple[float | None, float | None]], store_uri: str = "/
         for number, (latitude, longitude) in enumerate(places)
     ]
     return Manifest(layout="table", plan="", pairs=pair_table(rows), shards=[], excluded=[], store_uri=store_uri)
-
-
-def haversine_m(first: tuple[float, float], second: tuple[float, float]) -> float:
-    (lat1, lon1), (lat2, lon2) = (tuple(map(math.radians, place)) for place in (first, second))
-    half = math.sin((lat2 - lat1) / 2) ** 2 + math.cos(lat1) * math.cos(lat2) * math.sin((lon2 - lon1) / 2) ** 2
-    return 2 * 6_371_008.8 * math.asin(math.sqrt(half))
 
 
 def test_published_manifest_comes_back_whole(cvusa, tmp_path, make_shards):
@@ -192,21 +189,17 @@ def test_unknown_split_lists_the_known_ones(cvusa, tmp_path, make_shards):
 
 
 class TestLocation:
-    @pytest.mark.parametrize("centre", [(0.0, 0.0), (45.0, -100.0), (60.2, 24.9), (-35.3, 149.1)])
-    def test_distances_in_a_city_agree_with_haversine(self, centre):
-        generator = np.random.default_rng(0)
-        offsets_deg = generator.uniform(-0.09, 0.09, (40, 2))  # 20 km from south to north
+    @pytest.mark.parametrize("centre", [(0.0, 0.0), (45.0, -100.0), (60.2, 24.9), (-35.3, 149.1), (0.0, 180.0)])
+    def test_distances_in_a_city_are_geodesics(self, centre):
+        offsets_deg = np.random.default_rng(0).uniform(-0.09, 0.09, (40, 2))  # 20 km from south to north
         places = [(centre[0] + north, centre[1] + east) for north, east in offsets_deg.tolist()]
-        plane_m = located(places).location_m("val")
+        places_m = located(places).location_m("val")
+        assert places_m.shape == (40, 3)
+        geodesic = pyproj.Geod(ellps="WGS84")
         for i in range(40):
             for j in range(i):
-                expected = haversine_m(places[i], places[j])
-                assert math.dist(plane_m[i], plane_m[j]) == pytest.approx(expected, rel=0.003)
-
-    def test_east_and_north_point_the_right_way(self):
-        east, north = np.diff(located([(60.0, 24.0), (60.001, 24.001)]).location_m("val"), axis=0)[0]
-        assert east == pytest.approx(55.6, abs=0.1)
-        assert north == pytest.approx(111.2, abs=0.1)
+                expected_m = geodesic.inv(*places[i][::-1], *places[j][::-1])[2]
+                assert math.dist(places_m[i], places_m[j]) == pytest.approx(expected_m, abs=0.03)
 
     def test_unknown_places_are_nan_and_shift_nobody(self):
         with_gap = located([(60.0, 24.0), (None, None), (60.1, 24.1)]).location_m("val")
@@ -216,7 +209,20 @@ class TestLocation:
     def test_dataset_without_places_is_all_nan(self):
         assert np.isnan(located([(None, None)] * 3).location_m("val")).all()
 
-    def test_splits_lie_on_one_plane(self, cvusa, tmp_path, make_shards):
+    def test_easting_and_northing_are_used_where_all_located_pairs_have_them(self):
+        manifest = located([(-35.3, 149.1), (-35.3, 149.1), (None, None)])
+        degrees_m = manifest.location_m("val")
+        for easting_m, is_on_a_plane in (([5.0, 8.0, None], True), ([5.0, None, None], False)):
+            names = manifest.pairs.column_names
+            for name in ("easting_m", "northing_m"):
+                column = pa.array(easting_m, pa.float64())
+                manifest.pairs = manifest.pairs.set_column(names.index(name), name, column)
+            found = manifest.location_m("val")
+            expected = np.array([[5, 5, 0], [8, 8, 0], [np.nan] * 3]) if is_on_a_plane else degrees_m
+            np.testing.assert_array_equal(found, expected)
+
+    def test_splits_share_their_axes(self, cvusa, tmp_path, make_shards):
         manifest = make_shards(cvusa, str(tmp_path / "store"))
-        joined = np.concatenate([manifest.location_m(split) for split in ("train", "val")])
-        assert np.abs(joined.mean(axis=0)).max() < 1e-6
+        for split in ("train", "val"):
+            degrees = (manifest.split(split)[name].to_numpy() for name in ("latitude_deg", "longitude_deg"))
+            np.testing.assert_array_equal(manifest.location_m(split), geocentric_m(*degrees))

@@ -66,7 +66,7 @@ def test_a_right_reference_beyond_the_first_five_is_added_with_its_own_rank_and_
 
 
 def test_ranks_scores_and_distances_are_written_on_the_photos():
-    locations_m = np.stack([np.arange(9) * 600.0, np.zeros(9)], axis=1)
+    locations_m = np.stack([np.arange(9) * 600.0, np.zeros(9), np.zeros(9)], axis=1)
     figure = retrieval_figure(0, result=result_with_rank(1), images=images, locations_m=locations_m)
     assert texts(figure)[:4] == [
         "query 0 · the right place came #2",

@@ -71,7 +71,7 @@ def full(out_dir):
         out_dir,
         data=summary(problems={"truncated": 7}, locations_deg={"train": degrees + 45, "val": degrees + 45.02}),
         history=[{"epoch": 1, "loss": 2.0, "recall_at_1": 0.1}, {"epoch": 2, "loss": 1.0, "recall_at_1": 0.5}],
-        locations_m=np.random.default_rng(2).random((12, 2)) * 900,
+        locations_m=np.random.default_rng(2).random((12, 3)) * 900,
         transports=[TransportExample(index=4, plan=plan, source_grid=(8, 8), target_grid=(8, 8))],
         facts={"commit": "abc123"},
     )
@@ -108,7 +108,8 @@ def test_one_query_without_history_locations_or_transport_still_makes_a_page(tmp
 
 def test_locations_that_are_all_unknown_count_as_none(tmp_path):
     unknown = np.full((12, 2), np.nan)
-    _, _, _, text = write(tmp_path, data=summary(locations_deg={"train": unknown}), locations_m=unknown)
+    data = summary(locations_deg={"train": unknown})
+    _, _, _, text = write(tmp_path, data=data, locations_m=np.full((12, 3), np.nan))
     assert "no locations" in text
     assert "median distance" not in text
 
