@@ -23,7 +23,8 @@ from cvft.batch import Batch
 from cvft.distributed import current_world, gather, gather_with_gradient, unwrap
 from cvft.errors import DataError, TrainingError
 from cvft.loss import Loss
-from cvft.retrieval import RetrievalResult, rank_matches
+from cvft.pair_retrieval import rank_pairs
+from cvft.retrieval import RetrievalResult
 
 Preprocessor = Callable[[Tensor], Tensor]
 """From uint8 [B, H, W, 3] to the network's input, for either view."""
@@ -243,6 +244,7 @@ def evaluate(
     *,
     preprocess: Preprocessor,
     num_pairs: int | None = None,
+    location: Tensor | None = None,
     num_top: int = 10,
     block: int = 1024,
 ) -> RetrievalResult:
@@ -253,6 +255,7 @@ def evaluate(
         batches: As in `embed`.
         preprocess: As in `embed`.
         num_pairs: As in `embed`.
+        location: As in `rank_pairs`.
         num_top: Best references to list per query.
         block: Rows of a block of the ranking; bounds its memory.
 
@@ -261,4 +264,4 @@ def evaluate(
         TrainingError: A descriptor holds NaN or infinity.
     """
     found = embed(model, batches, preprocess=preprocess, num_pairs=num_pairs)
-    return rank_matches(found.ground, found.aerial, num_top=num_top, block=block)
+    return rank_pairs(found.ground, found.aerial, location=location, num_top=num_top, block=block)

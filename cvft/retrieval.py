@@ -20,7 +20,7 @@ references.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -58,6 +58,7 @@ class RetrievalResult:
         match_rank: int64 [N], 0 is first; ties count against the query. With a `HitDistance`: the rank of the best hit
             among the references that are no hits.
         match_score: float32 [N], similarity of the true reference (or of the best hit).
+        target: int64 [N], the true reference of every query, counted as in `top_indices`.
         top_indices: int64 [N, T], the most similar references, best first; the order of equal ones is arbitrary.
         top_scores: float32 [N, T], their similarities.
         num_references: M.
@@ -67,6 +68,7 @@ class RetrievalResult:
 
     match_rank: Tensor
     match_score: Tensor
+    target: Tensor
     top_indices: Tensor
     top_scores: Tensor
     num_references: int
@@ -87,13 +89,24 @@ class RetrievalResult:
         """Return the recall at `k` of a random order."""
         return min(k / self.num_references, 1.0)
 
+    def recalls(self, suffix: str = "") -> dict[str, float]:
+        """Return the recalls as fractions, each name with the suffix at its end."""
+        return {
+            f"recall_at_1{suffix}": self.recall_at(1),
+            f"recall_at_5{suffix}": self.recall_at(5),
+            f"recall_at_10{suffix}": self.recall_at(10),
+            f"recall_at_1_percent{suffix}": self.recall_at(self.one_percent_k),
+        }
+
+    def of_queries(self, is_kept: Tensor) -> RetrievalResult:
+        """Return the result of some of the queries, bool [N], among all references."""
+        names = ("match_rank", "match_score", "target", "top_indices", "top_scores")
+        return replace(self, **{name: getattr(self, name)[is_kept] for name in names})
+
     def metrics(self) -> dict[str, float]:
         """Return the recalls as fractions, beside the chance of R@1 and the median of `match_rank` (0 is best)."""
         return {
-            "recall_at_1": self.recall_at(1),
-            "recall_at_5": self.recall_at(5),
-            "recall_at_10": self.recall_at(10),
-            "recall_at_1_percent": self.recall_at(self.one_percent_k),
+            **self.recalls(),
             "chance": self.chance_at(1),
             "num_queries": len(self.match_rank),
             "num_references": self.num_references,
@@ -145,6 +158,7 @@ def rank_matches(
     return RetrievalResult(
         match_rank=rank,
         match_score=score.float(),
+        target=target.cpu(),
         top_indices=indices,
         top_scores=scores,
         num_references=len(reference),

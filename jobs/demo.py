@@ -142,7 +142,7 @@ def _evaluate_and_report(out: Path, config: ExperimentConfig, trained: Result) -
     )
     _run_of(config, trained).log_artifacts([files.html, *files.pngs], artifact_path="report")
     return {
-        "metrics": found.result.metrics(),
+        "metrics": found.metrics(),
         "one_percent_k": found.result.one_percent_k,
         "report": str(files.html),
         "files": [str(files.html), *map(str, files.pngs)],

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from cvft.errors import ConfigError
 from jobs import entry
 from jobs.config import read_overrides
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
+from pipeline.report.charts import RECALLS
+
+_HIT_DISTANCE_HELP = "also report recall with any reference nearer than M metres as right (5 for CVACT_test)"
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="path or URI of a checkpoint")
     parser.add_argument("--manifest", required=True, help="path or URI of the manifest that `shard` printed")
     parser.add_argument("--split", default="val", help="which pairs (default: val)")
+    parser.add_argument("--train-split", default="train", help="split that leaks are counted against (default: train)")
+    parser.add_argument("--hit-distance", type=float, metavar="M", help=_HIT_DISTANCE_HELP)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs embedded at a time")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--allow-other-preprocess", action="store_true", help="accept other input than trained with")
@@ -38,6 +44,8 @@ def run(arguments: argparse.Namespace) -> Evaluation:
         arguments.checkpoint,
         arguments.manifest,
         split=arguments.split,
+        train_split=arguments.train_split,
+        hit_distance_m=arguments.hit_distance,
         preprocess_changes=changes,
         allow_other_preprocess=arguments.allow_other_preprocess,
         batch_size=arguments.batch_size,
@@ -47,28 +55,42 @@ def run(arguments: argparse.Namespace) -> Evaluation:
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = run(arguments)
-    entry.LOGGER.info("\n%s", recall_table(found.result.metrics(), found.result.one_percent_k))
+    entry.LOGGER.info("\n%s", recall_table(found.metrics(), found.result.one_percent_k))
+    if found.queries.leaks.unknown_because:
+        entry.LOGGER.warning("recall without leaks is unknown: %s", found.queries.leaks.unknown_because)
     return {
-        **found.result.metrics(),
+        **found.metrics(),
+        "leaked_queries_by": dict(found.queries.leaks.num_by_trait),
         "one_percent": found.result.one_percent,
         "checkpoint": arguments.checkpoint,
         "step": found.info.step,
         "manifest": arguments.manifest,
         "digest": found.dataset.manifest.digest,
         "split": arguments.split,
+        "train_split": arguments.train_split,
     }
 
 
-def recall_table(metrics: dict[str, float], one_percent_k: int) -> str:
-    """Return the recalls beside chance as a table for people."""
-    num_references = int(metrics["num_references"])
-    rows = [("R@1", 1, "recall_at_1"), ("R@5", 5, "recall_at_5"), ("R@10", 10, "recall_at_10")]
-    rows.append((f"R@1% (k={one_percent_k})", one_percent_k, "recall_at_1_percent"))
-    lines = [f"  {int(metrics['num_queries'])} queries among {num_references} references"]
-    lines += [
-        f"  {name:14} {100 * metrics[key]:6.2f} %   chance {100 * min(k / num_references, 1.0):6.2f} %"
-        for name, k, key in rows
+def recall_table(metrics: Mapping[str, float | None], one_percent_k: int) -> str:
+    """Return the recalls as a table for people: by exact pair, without leaked queries, by distance, beside chance."""
+    num_queries, num_references = (metrics[name] or 0 for name in ("num_queries", "num_references"))
+    columns = {"exact pair": "", "de-leaked": "_deleaked"}
+    columns |= {
+        name.removeprefix("recall_at_1_").replace("_", " "): name.removeprefix("recall_at_1")
+        for name in metrics
+        if name.startswith("recall_at_1_within_")
+    }
+    num_leaked = metrics["num_leaked_queries"]
+    leaks = "unknown" if num_leaked is None else f"{num_leaked:,.0f}"
+    lines = [
+        f"  {num_queries:,.0f} queries among {num_references:,.0f} references; in the training split as well: {leaks}",
+        f"  {'':14}" + "".join(f" {name:>14}" for name in columns) + "         chance",
     ]
+    rows = {"R@1": 1, "R@5": 5, "R@10": 10, f"R@1% (k={one_percent_k})": one_percent_k}
+    for (title, k), key in zip(rows.items(), RECALLS, strict=True):
+        cells = [metrics[key + suffix] for suffix in columns.values()]
+        shown = "".join(f" {'-':>14}" if cell is None else f" {100 * cell:12.2f} %" for cell in cells)
+        lines.append(f"  {title:14}{shown} {100 * min(k / num_references, 1.0):12.2f} %")
     return "\n".join(lines)
 
 

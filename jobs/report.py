@@ -47,6 +47,7 @@ def write_report(
         history=read_history(found.info),
         result=found.result,
         images=images,
+        deleaked=found.queries.deleaked(found.result),
         locations_m=found.dataset.location_m,
         transports=_transports(found, num_examples),
         facts={
@@ -110,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--examples {arguments.examples}: show at least 1")
     found = evaluate.run(arguments)
     files = write_report(found, arguments.out, title=arguments.title, facts={}, num_examples=arguments.examples)
-    return {"report": str(files.html.absolute()), "pictures": len(files.pngs), **found.result.metrics()}
+    return {"report": str(files.html.absolute()), "pictures": len(files.pngs), **found.metrics()}
 
 
 JOB = entry.Job(

@@ -26,6 +26,7 @@ from jobs.config import ExperimentConfig
 from jobs.entry import LINE_INTERVAL_S, LOGGER
 from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
 from pipeline.dataset import PairDataset, default_cache
+from pipeline.evaluation import Queries
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 
@@ -92,6 +93,8 @@ class _Training:
         self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache()))
         eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache())
         self._num_eval_pairs = len(eval_set)
+        splits = config.data.eval_split, config.data.train_split
+        self._queries = Queries.of_split(manifest, splits[0], train_split=splits[1])
         self._eval_loader = self._loader(eval_set)
         self._preprocess = Preprocess(config.preprocess)
         self._loss = build_loss(config.train.loss)
@@ -123,14 +126,19 @@ class _Training:
     def evaluate_and_save(self, done: int, report: EpochReport) -> Metrics:
         """Measure recall after `done` epochs; rank 0 writes the checkpoint."""
         result = evaluate(
-            self._model, self._eval_loader.eval_batches(), preprocess=self._preprocess, num_pairs=self._num_eval_pairs
+            self._model,
+            self._eval_loader.eval_batches(),
+            preprocess=self._preprocess,
+            num_pairs=self._num_eval_pairs,
+            location=self._queries.location,
         )
+        recalls = self._queries.metrics(result)
         metrics = {
             "epoch": done,
             "step": done * self._train_loader.num_steps,
             "loss": report.loss,
             "pairs_per_s": report.pairs_per_s,
-            **result.metrics(),
+            **{name: value for name, value in recalls.items() if value is not None},
         }
         self._history = self._history.then(metrics, checkpoint_name(done))
         if self._world.rank == 0:

@@ -64,24 +64,24 @@ def shown_references(query: int, result: RetrievalResult, locations_m: FloatArra
 
     The true reference is framed green, wrong ones ahead of it red, wrong ones behind it grey.
     """
-    match_rank = int(result.match_rank[query])
+    match_rank, target = int(result.match_rank[query]), int(result.target[query])
     shown = []
     for rank, index in enumerate(result.top_indices[query, :NUM_SHOWN].tolist()):
-        frame = RIGHT if index == query else WRONG_AHEAD if rank <= match_rank else WRONG_BEHIND
+        frame = RIGHT if index == target else WRONG_AHEAD if rank <= match_rank else WRONG_BEHIND
         # A tie counts against the query: the true one may stand further left than its rank says.
         shown.append(
             Shown(
                 index=index,
-                rank=match_rank if index == query else rank,
+                rank=match_rank if index == target else rank,
                 score=float(result.top_scores[query, rank]),
                 distance_m=_distance_m(locations_m, query, index),
                 frame=frame,
             )
         )
-    if all(item.index != query for item in shown):
+    if all(item.index != target for item in shown):
         score = float(result.match_score[query])
-        distance_m = _distance_m(locations_m, query, query)
-        shown.append(Shown(index=query, rank=match_rank, score=score, distance_m=distance_m, frame=RIGHT))
+        distance_m = _distance_m(locations_m, query, target)
+        shown.append(Shown(index=target, rank=match_rank, score=score, distance_m=distance_m, frame=RIGHT))
     return shown
 
 

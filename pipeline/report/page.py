@@ -73,6 +73,7 @@ def build_report(
     history: Sequence[Mapping[str, Any]],
     result: RetrievalResult,
     images: PairImages,
+    deleaked: RetrievalResult | None = None,
     locations_m: FloatArray | None = None,
     transports: Sequence[TransportExample] = (),
     facts: Mapping[str, object] | None = None,
@@ -85,8 +86,9 @@ def build_report(
         title: Heading of the page.
         data: The dataset.
         history: One mapping per epoch, see `training_figure`; may be empty.
-        result: How the queries did; query i's true reference is i.
+        result: How the queries did; references are named by the row of their pair.
         images: Gives the ground and aerial image of an index.
+        deleaked: How those queries did that are in no training pair; none if that is not known.
         locations_m: Position of every pair in metres, [N, 3], NaN where unknown.
         transports: Plans to show; empty for a head without transport.
         facts: Further lines for "How this was made" (run, commit, checkpoint, model version).
@@ -97,8 +99,9 @@ def build_report(
         "title": title,
         "data": data,
         "facts": facts or {},
-        "rows": recall_rows(result),
+        "rows": recall_rows(result, deleaked),
         "rule": ONE_PERCENT_RULES[result.one_percent],
+        "num_leaked": None if deleaked is None else len(result.match_rank) - len(deleaked.match_rank),
         "summary": _summary(result, locations_m),
         "location_map": _location_map(pictures, data),
         "training": _training(pictures, history),
@@ -122,12 +125,13 @@ def build_report(
     return ReportFiles(html=html, pngs=pictures.paths)
 
 
-def recall_rows(result: RetrievalResult) -> list[dict[str, Any]]:
-    """Tabulate recall@1, 5, 10 and 1 % beside guessing: name, k, recall and chance as fractions, and their ratio."""
+def recall_rows(result: RetrievalResult, deleaked: RetrievalResult | None = None) -> list[dict[str, Any]]:
+    """Tabulate recall@1, 5, 10 and 1 % beside guessing: name, k, recalls and chance as fractions, and their ratio."""
     rows = []
     for name, k in zip(RECALLS.values(), (1, 5, 10, result.one_percent_k), strict=True):
         recall, chance = result.recall_at(k), result.chance_at(k)
-        rows.append({"name": name, "k": k, "recall": recall, "chance": chance, "ratio": recall / chance})
+        row = {"name": name, "k": k, "recall": recall, "chance": chance, "ratio": recall / chance}
+        rows.append({**row, "deleaked": deleaked.recall_at(k) if deleaked else None})
     return rows
 
 

@@ -141,6 +141,7 @@ def _with_ranks(ranks: list[int], num_references: int, one_percent: str = "cvft"
     return RetrievalResult(
         match_rank=torch.tensor(ranks),
         match_score=torch.zeros(len(ranks)),
+        target=torch.arange(len(ranks)),
         top_indices=torch.zeros(len(ranks), 0, dtype=torch.int64),
         top_scores=torch.zeros(len(ranks), 0),
         num_references=num_references,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,7 @@ def result_with_rank(match_rank, num_references=9):
     return RetrievalResult(
         match_rank=ranks,
         match_score=torch.gather(scores, 1, ranks[:, None])[:, 0],
+        target=torch.arange(num_references),
         top_indices=torch.tensor(rows)[:, :7],
         top_scores=scores[:, :7],
         num_references=num_references,
@@ -51,6 +54,11 @@ def frames(figure):
 
 def texts(figure):
     return [text.get_text() for text in figure.texts]
+
+
+def test_reference_that_a_query_shares_with_another_pair_is_the_green_one():
+    result = replace(result_with_rank(0), target=torch.full((9,), 0))
+    assert [shown.frame for shown in shown_references(3, result, None)][:2] == [WRONG_AHEAD, RIGHT]
 
 
 def test_wrong_references_ahead_are_red_the_right_one_green_and_those_behind_grey():
