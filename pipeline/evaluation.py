@@ -98,7 +98,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float | None]:
         """Return the recalls by exact pair, full and de-leaked, and those by distance: `recall_at_1_within_5m`."""
-        by_distance = self.within.recalls(f"_within_{self.hit_distance_m:g}m") if self.within else {}
+        by_distance = self.within.recalls(f"_within_{self.hit_distance_m:.12g}m") if self.within else {}
         return {**self.queries.metrics(self.result), **by_distance}
 
 

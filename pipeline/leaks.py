@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Traits: TypeAlias = Mapping[str, Sequence[Hashable | None]]
@@ -145,6 +146,5 @@ def _table_traits(pairs: pa.Table) -> Traits:
 
 def _original_hashes(pairs: pa.Table, role: str) -> list[str | None]:
     """Return the hashes of the files that the dataset came in, also where the shards hold images derived from them."""
-    source = f"{role}_source_xxh3_128"
-    values: list[str | None] = pairs[source if source in pairs.column_names else f"{role}_xxh3_128"].to_pylist()
-    return values
+    hashes: list[str | None] = pc.coalesce(pairs[f"{role}_source_xxh3_128"], pairs[f"{role}_xxh3_128"]).to_pylist()
+    return hashes

@@ -1,5 +1,6 @@
 """A town small enough to train on within a test, on disk and in shards."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,29 @@ def town(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def manifest_uri(town, tmp_path_factory) -> str:
-    """The town in shards, written without Ray by the functions that Ray's tasks call."""
-    from pipeline.build import assemble_manifest, plan_fingerprint, plan_shards  # noqa: PLC0415 (imports ray)
+def make_manifest(tmp_path_factory) -> Callable[[Path], str]:
+    """Shards of a raw dataset, written without Ray by the functions that Ray's tasks call."""
 
-    store = Store.from_uri(tmp_path_factory.mktemp("store"))
-    scan = open_source(town)
-    plan = plan_fingerprint(scan.pairs, pairs_per_shard=8, seed=0)
-    entries = [
-        write_shard(spec, store) for spec in plan_shards(scan, plan, pairs_per_shard=8, seed=0, check_images=True)
-    ]
-    manifest = assemble_manifest(entries, scan.problems, layout=scan.layout, plan=plan, store_uri=store.uri())
-    assert isinstance(manifest, Manifest)
-    return manifest.publish()
+    def make(root: Path) -> str:
+        from pipeline.build import assemble_manifest, plan_fingerprint, plan_shards  # noqa: PLC0415 (imports ray)
+
+        store = Store.from_uri(tmp_path_factory.mktemp("store"))
+        scan = open_source(root)
+        plan = plan_fingerprint(scan.pairs, pairs_per_shard=8, seed=0)
+        entries = [
+            write_shard(spec, store) for spec in plan_shards(scan, plan, pairs_per_shard=8, seed=0, check_images=True)
+        ]
+        manifest = assemble_manifest(entries, scan.problems, layout=scan.layout, plan=plan, store_uri=store.uri())
+        assert isinstance(manifest, Manifest)
+        return manifest.publish()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def manifest_uri(town, make_manifest) -> str:
+    """The town in shards."""
+    return make_manifest(town)
 
 
 @pytest.fixture(scope="session")
