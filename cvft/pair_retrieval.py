@@ -30,7 +30,7 @@ def rank_pairs(
         aerial: float32 [N, D], L2-normalised.
         location: int64 [N], equal for pairs of one location (VIGOR), which share their reference: the aerial image of
             the first of them. Without it every pair is a location of its own.
-        location_m: float64 [N, 2 or 3], position of every pair in metres.
+        location_m: float64 [N, 3], position of every pair in metres.
         hit_distance_m: Count any reference nearer than this as true as well; needs `location_m`.
         num_top: T, best references to list per query.
         block: Rows of a block; bounds the memory.
