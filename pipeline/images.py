@@ -41,6 +41,10 @@ _TURBO_COLORSPACES = frozenset({"RGB", "YCbCr", "Gray"})  # what simplejpeg turn
 _HALVINGS = (8, 4, 2)
 
 
+class TooLargeError(DataError):
+    """An image whose header claims more than `MAX_PIXELS`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
     """What an image's header says.
@@ -62,8 +66,8 @@ def read_info(data: Buffer) -> ImageInfo:
     """Read an image's header.
 
     Raises:
-        DataError: The bytes are neither JPEG nor PNG, the header is damaged, or it claims more than `MAX_PIXELS`; the
-            message says only what is wrong.
+        TooLargeError: The header claims more than `MAX_PIXELS`.
+        DataError: The bytes are neither JPEG nor PNG, or the header is damaged; the message says only what is wrong.
     """
     if data[:8] == _PNG_MAGIC:
         _refuse_bomb(height_px=int.from_bytes(data[20:24], "big"), width_px=int.from_bytes(data[16:20], "big"))
@@ -161,7 +165,9 @@ def _halving(info: ImageInfo, wanted: tuple[int, ...], rows_px: Rows) -> int:
 
 def _refuse_bomb(*, height_px: int, width_px: int) -> None:
     if height_px * width_px > MAX_PIXELS:
-        raise DataError(f"claims {height_px}x{width_px} pixels, more than the {MAX_PIXELS // 10**6} million allowed")
+        raise TooLargeError(
+            f"claims {height_px}x{width_px} pixels, more than the {MAX_PIXELS // 10**6} million allowed"
+        )
 
 
 def _decode_scaled(data: Buffer, info: ImageInfo, *, factor: int, out: Pixels | None = None) -> Pixels:

@@ -17,12 +17,12 @@ import xxhash
 from blake3 import blake3
 
 from cvft.errors import ShardError
+from pipeline.checks import ROLES, LoadedImage, load_pair
 from pipeline.manifest import ShardInfo
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, PairSource
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
-from pipeline.validate import ROLES, LoadedImage, load_pair
 
 # Part of every plan's fingerprint: raise it when the bytes of a shard change for the same input.
 FORMAT_VERSION = 2

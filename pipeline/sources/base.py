@@ -10,37 +10,12 @@ from typing import Any, Protocol
 
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Layout, Location, PairSource
+from pipeline.sources.kinds import UNUSABLE_KINDS
 from pipeline.storage import FileStatus
 
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
 MAX_KEY_BYTES = 100 - len(".aerial.jpg")
 _KEY = re.compile(r"[^./\\\s]+")
-
-# A pair (or a row) with one of these cannot go into a shard. Every other kind is noted and the pair is used.
-UNUSABLE_KINDS = frozenset(
-    {
-        "missing_ground",  # the row names a file that is not there
-        "missing_aerial",
-        "empty_file",  # zero bytes: a broken download
-        "truncated",  # the image ends too early
-        "unreadable",  # neither JPEG nor PNG, or damaged
-        "duplicate_key",  # another row with other files or another split has the same key
-        "bad_key",  # cannot name members of a tar
-        "bad_row",  # too few columns, or a split that cannot name a shard
-    }
-)
-NOTED_KINDS = frozenset(
-    {
-        "no_location",  # distances in metres leave this pair out
-        "not_jpeg",  # a PNG; it keeps its bytes and is decoded as what it is
-        "greyscale",  # becomes RGB on decoding
-        "cmyk",  # becomes RGB on decoding
-        "odd_size",  # not the layout's usual size; it is resized like the others
-        "duplicate_row",  # the same row once more: a repeat loses nothing
-        "non_utf8_name",  # the file is read, its name is printed escaped
-        "unknown_column",  # a table's column that nothing reads
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +23,7 @@ class Problem:
     """One thing that is wrong with the raw data.
 
     Attributes:
-        kind: One of `UNUSABLE_KINDS` or `NOTED_KINDS`.
+        kind: One of `kinds.KINDS`.
         key: The pair, or none if the row has no key.
         path: The file concerned, relative to the dataset's root and printable.
         detail: What is wrong with it, in words.

@@ -12,7 +12,7 @@ import pytest
 
 from cvft.errors import DataError
 from pipeline.schema import Location
-from pipeline.sources.base import MAX_KEY_BYTES, NOTED_KINDS, UNUSABLE_KINDS, count_kinds, count_splits, key_trouble
+from pipeline.sources.base import MAX_KEY_BYTES, count_kinds, count_splits, key_trouble
 from pipeline.sources.cvusa import BASES, LOCATION_LISTS
 from pipeline.sources.detect import open_source
 
@@ -215,10 +215,6 @@ def test_key_that_cannot_name_tar_members_is_refused(key):
 
 def test_longest_key_is_accepted():
     assert not key_trouble("x" * MAX_KEY_BYTES)
-
-
-def test_kinds_are_either_unusable_or_noted():
-    assert not UNUSABLE_KINDS & NOTED_KINDS
 
 
 class TestDetect:

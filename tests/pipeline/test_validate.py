@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from cvft.errors import DataError
+from pipeline.checks import load_pair
 from pipeline.schema import ImageRules
 from pipeline.sources.detect import open_source
-from pipeline.validate import load_pair, validate
+from pipeline.validate import validate
 
 
 def reencode(path: Path, *, mode: str = "RGB", kind: str = "JPEG", size: tuple[int, int] | None = None) -> None:
