@@ -81,7 +81,7 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Row:
     """One listed pair, whatever file listed it; paths are relative to the root."""
 

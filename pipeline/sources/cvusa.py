@@ -13,7 +13,7 @@ import math
 
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, printable
 
 # Folders below the given root in which the dataset has been met.
 BASES = ("", "CVUSA", "CVUSA/dataset", "CVPR_subset", "CVUSA/CVPR_subset", "dataset")
@@ -51,16 +51,13 @@ def _scan_list(name: str, *, base: str, root: RawFolder, locations: _Locations, 
     split = name.removesuffix(_LIST_ENDING)
     text = root.read_text(join(base, f"splits/{name}"))
     for number, cells in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
-        fields = [cell.strip() for cell in cells]
-        if not any(fields):
-            continue
         listed_in = f"{name}:{number}"
-        if len(fields) < 2:
-            checker.note(
-                "bad_row", key=None, path=listed_in, detail=f"one column, expected aerial,ground: {fields[0]!r}"
-            )
+        if len(cells) < 2:
+            if any(map(str.strip, cells)):
+                why = f"one column, expected aerial,ground: {printable(cells[0])!r}"
+                checker.note("bad_row", key=None, path=listed_in, detail=why)
             continue
-        aerial, ground = fields[0], fields[1]
+        aerial, ground = cells[0].strip(), cells[1].strip()
         if number == 1 and not aerial.lower().endswith(_IMAGE_SUFFIXES):
             continue  # a header, where none belongs
         key = ground.rpartition("/")[2].rpartition(".")[0]
@@ -117,7 +114,7 @@ class _Locations:
 
 def _numbers(row: str) -> list[float] | None:
     try:
-        numbers = [float(cell.strip(' "')) for cell in row.split(",")]
+        numbers = list(map(float, row.replace('"', "").split(",")))  # float takes white space away itself
     except ValueError:
         return None
     return numbers if len(numbers) == 5 and all(map(math.isfinite, numbers)) else None
