@@ -119,6 +119,49 @@ def from_utm(easting_m: npt.ArrayLike, northing_m: npt.ArrayLike, *, epsg: int) 
     return _transform(_zone(epsg), _WGS84, easting_m, northing_m)[..., ::-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """The smallest box of latitudes and longitudes around some points.
+
+    Attributes:
+        south_deg: Least latitude.
+        north_deg: Greatest latitude.
+        west_deg: Where it begins; greater than `east_deg` if it crosses the antimeridian.
+        east_deg: Where it ends.
+        height_m: From south to north, along a sphere.
+        width_m: From west to east at its middle latitude, along the parallel.
+    """
+
+    south_deg: float
+    north_deg: float
+    west_deg: float
+    east_deg: float
+    height_m: float
+    width_m: float
+
+
+def extent(latitude_deg: FloatArray, longitude_deg: FloatArray) -> Extent | None:
+    """Return the box around points [N], NaN left out; None if there is no point."""
+    is_known = np.isfinite(latitude_deg) & np.isfinite(longitude_deg)
+    if not is_known.any():
+        return None
+    south_deg, north_deg = float(latitude_deg[is_known].min()), float(latitude_deg[is_known].max())
+    # Around the circle of longitudes the box leaves out the widest gap between neighbours.
+    around = np.unique((longitude_deg[is_known] + 180) % 360 - 180)
+    gaps = np.diff(np.append(around, around[0] + 360))
+    widest = int(gaps.argmax())
+    west_deg, east_deg = float(around[(widest + 1) % len(around)]), float(around[widest])
+    parallel_m = EARTH_RADIUS_M * np.cos(np.radians((south_deg + north_deg) / 2))
+    return Extent(
+        south_deg=south_deg,
+        north_deg=north_deg,
+        west_deg=west_deg,
+        east_deg=east_deg,
+        height_m=float(EARTH_RADIUS_M * np.radians(north_deg - south_deg)),
+        width_m=float(parallel_m * np.radians((east_deg - west_deg) % 360)),
+    )
+
+
 def is_located(location_m: FloatArray) -> npt.NDArray[np.bool_]:
     """Return which rows of [N, 2 or 3] have every coordinate, bool [N]."""
     return np.asarray(np.isfinite(location_m).all(axis=-1))

@@ -13,6 +13,7 @@ from pipeline import geography
 from pipeline.geography import (
     EARTH_RADIUS_M,
     NeighbourTree,
+    extent,
     from_utm,
     geocentric_m,
     haversine_m,
@@ -117,6 +118,28 @@ class TestDistances:
             geocentric_m([0.0, latitude], [0.0, longitude])
         with pytest.raises(DataError, match="is no angle in degrees"):
             haversine_m(0.0, 0.0, latitude, longitude)
+
+
+class TestExtent:
+    def test_box_holds_all_points_and_its_sides_are_distances(self):
+        places = _city(100)
+        box = extent(*places.T)
+        assert (box.south_deg, box.north_deg) == (places[:, 0].min(), places[:, 0].max())
+        assert (box.west_deg, box.east_deg) == pytest.approx((places[:, 1].min(), places[:, 1].max()), abs=1e-12)
+        middle_deg = (box.south_deg + box.north_deg) / 2
+        assert box.width_m == pytest.approx(haversine_m(middle_deg, box.west_deg, middle_deg, box.east_deg), rel=1e-5)
+        assert box.height_m == pytest.approx(haversine_m(box.south_deg, 0.0, box.north_deg, 0.0))
+
+    def test_box_across_the_antimeridian_is_narrow(self):
+        box = extent(np.array([0.0, 0.0, 1.0, np.nan]), np.array([179.5, -179.0, -179.5, 0.0]))
+        assert (box.west_deg, box.east_deg) == (179.5, -179.0)
+        assert box.width_m == pytest.approx(1.5 * 111_195, rel=1e-3)
+
+    def test_box_of_one_point_is_a_point_and_of_none_is_none(self):
+        box = extent(np.array([1.0]), np.array([2.0]))
+        assert (box.south_deg, box.west_deg, box.north_deg, box.east_deg) == (1.0, 2.0, 1.0, 2.0)
+        assert (box.height_m, box.width_m) == (0.0, 0.0)
+        assert extent(np.array([np.nan, 1.0]), np.array([1.0, np.nan])) is None
 
 
 class TestUtm:
