@@ -34,6 +34,10 @@ class DataConfig:
         eval_split: Split to evaluate on after an epoch.
         num_threads: Decoding threads in each worker.
         cache: Local folder for shards of a remote store; none is `$XDG_CACHE_HOME/cvft/shards`.
+        cache_gb: Gigabytes (10^9 bytes) that this folder may hold, those used least recently go first; none is no
+            limit.
+        cold_start_window: Number of shards that the first epoch mixes at a time, so that it begins before all shards of
+            a remote store are fetched; none mixes all pairs from the first epoch on.
     """
 
     manifest: str
@@ -41,9 +45,14 @@ class DataConfig:
     eval_split: str = VAL
     num_threads: int = 2
     cache: str | None = None
+    cache_gb: float | None = None
+    cold_start_window: int | None = None
 
     def __post_init__(self) -> None:
         require(self.num_threads >= 1, f"num_threads: {self.num_threads} must be at least 1")
+        limit, window = self.cache_gb, self.cold_start_window
+        require(limit is None or limit > 0, f"cache_gb: {limit} must be positive, or null for no limit")
+        require(window is None or window >= 1, f"cold_start_window: {window} must be at least 1, or null for none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from jobs import entry, worker
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig, load
 from jobs.ray_train import train_on_ray
+from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name, fetch
-from pipeline.dataset import default_cache
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.registry import register_model
@@ -37,6 +37,7 @@ _FREE_KEYS = (
     "output",
     "data.manifest",
     "data.cache",
+    "data.cache_gb",
     "data.num_threads",
     "train.workers",
     "train.use_gpu",

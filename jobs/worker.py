@@ -22,10 +22,11 @@ from cvft.loss import build_loss
 from cvft.model import CrossViewModel, build_model
 from cvft.optim import build_optimizer, build_schedule
 from cvft.preprocess import Preprocess
-from jobs.config import ExperimentConfig
+from jobs.config import DataConfig, ExperimentConfig
 from jobs.entry import LINE_INTERVAL_S, LOGGER
+from pipeline.cache import ShardCache, default_cache
 from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
-from pipeline.dataset import PairDataset, default_cache
+from pipeline.dataset import PairDataset
 from pipeline.evaluation import Queries
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
@@ -90,8 +91,9 @@ class _Training:
         self._world = current_world()
         manifest = Manifest.load(config.data.manifest)
         self._manifest_digest = manifest.digest
-        self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache()))
-        eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache())
+        self._cache = _open_cache(config.data)
+        self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache))
+        eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache)
         self._num_eval_pairs = len(eval_set)
         splits = config.data.eval_split, config.data.train_split
         self._queries = Queries.of_split(manifest, splits[0], train_split=splits[1])
@@ -165,10 +167,6 @@ class _Training:
         LOGGER.info("going on from %s", self._checkpoints.uri(names[-1]))
         return info.epoch, History(**info.training)
 
-    def _cache(self) -> Path | None:
-        cache = self._config.data.cache
-        return Path(cache).expanduser() if cache else None
-
     def _loader(self, dataset: PairDataset) -> Loader:
         return Loader(
             dataset,
@@ -178,7 +176,13 @@ class _Training:
             world_size=self._world.size,
             seed=self._config.train.seed,
             num_threads=self._config.data.num_threads,
+            cold_start_window=self._config.data.cold_start_window,
         )
+
+
+def _open_cache(data: DataConfig) -> ShardCache:
+    folder = Path(data.cache).expanduser() if data.cache else None
+    return ShardCache(folder, limit_bytes=None if data.cache_gb is None else round(data.cache_gb * 1e9))
 
 
 class _StepLines:

@@ -1,29 +1,27 @@
-"""Random access to the pairs of one split: the manifest's offsets into memory-mapped tars, no tar is parsed.
-
-Shards of a remote store are copied once into a cache on this node, named by their blake3 and verified on the way in.
-"""
+"""Random access to the pairs of one split: the manifest says where the bytes of each lie, no tar is parsed."""
 
 from __future__ import annotations
 
-import mmap
-import os
-import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from blake3 import blake3
 
-from cvft.errors import ShardError, StoreError
-from pipeline.manifest import Manifest, ShardInfo
+from cvft.errors import ShardError
+from pipeline.access import CachedShards, LocalShards, RangeReads, ShardBytes
+from pipeline.cache import ShardCache
+from pipeline.images import Rows
+from pipeline.manifest import Manifest
 from pipeline.storage import Store
 
-_COPY_BYTES = 8 * 1024 * 1024
-_NUM_COPIES = 4  # shards fetched at a time
+ROLES = ("ground", "aerial")
+PairBytes = tuple[memoryview, memoryview]
+"""The ground and the aerial image's file."""
+Span = tuple[int, int]
 
 
 class PairDataset:
@@ -32,111 +30,118 @@ class PairDataset:
     Attributes:
         keys: Key of each pair.
         location_m: float64 [N, 3], see `Manifest.location_m`.
+        ground_rows_px: Rows of each pair's ground image that are used; none for all.
+        is_local: Whether the shards lie on this machine.
+        shards: Number of each pair's shard in `Manifest.shards`, int64 [N].
         split: The split's name.
         manifest: Where it comes from.
     """
 
-    def __init__(self, manifest: Manifest, split: str, *, cache: Path | None = None) -> None:
-        """Map the split's shards, after copying remote ones to `cache` (none: `default_cache()`).
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        *,
+        cache: ShardCache | Path | None = None,
+        access: Literal["mapped", "sparse"] = "mapped",
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            manifest: Names the store and what is in it.
+            split: Which pairs.
+            cache: Where copies of remote shards are kept; none is the folder `default_cache()`.
+            access: `sparse` reads single pairs of a remote store by range and keeps nothing, for a look at a few of
+                them; `mapped` fetches whole shards, each when it is first needed or announced by `prefetch`.
 
         Raises:
+            ConfigError: The cache is too small for the split.
             DataError: There is no such split.
-            ShardError: A shard is missing, or is not the one that the manifest describes.
-            StoreError: A remote shard cannot be read.
+            ShardError: A shard of a local store is missing, or is not the one that the manifest describes.
         """
         pairs = manifest.split(split)
         self.manifest = manifest
         self.split = split
         self.keys: Sequence[str] = pairs["key"].to_pylist()
         self.location_m = manifest.location_m(split)
-        self._shard = pairs["shard"].to_numpy()
-        self._spans = {role: _Spans(pairs, role) for role in ("ground", "aerial")}
+        cuts = zip(pairs["ground_first_row_px"].to_pylist(), pairs["ground_stop_row_px"].to_pylist(), strict=True)
+        self.ground_rows_px: Sequence[Rows | None] = [None if first is None else (first, stop) for first, stop in cuts]
+        self.shards: npt.NDArray[np.int64] = pairs["shard"].to_numpy().astype(np.int64)
+        # Plain numbers: taking them out of arrow or numpy one at a time costs more than hashing an image.
+        self._shard_of_row: list[int] = self.shards.tolist()
+        self._spans = list(zip(*(_spans(pairs, role) for role in ROLES), strict=True))
+        digests = ([int(digest, 16) for digest in pairs[f"{role}_xxh3_128"].to_pylist()] for role in ROLES)
+        self._digests = list(zip(*digests, strict=True))
         store = Store.from_uri(manifest.store_uri)
-        folder = cache or default_cache()
-
-        def open_shard(number: int) -> memoryview:
-            shard = manifest.shards[number]
-            return _map_shard(_local_file(store, shard, folder), shard)
-
-        numbers = np.unique(self._shard).tolist()
-        with ThreadPoolExecutor(_NUM_COPIES) as pool:
-            self._maps: dict[int, memoryview] = dict(zip(numbers, pool.map(open_shard, numbers), strict=True))
+        self.is_local = store.local_path("") is not None
+        self._bytes = _open_shards(store, manifest, np.unique(self.shards).tolist(), cache=cache, access=access)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.keys)
 
-    def read(self, row: int) -> tuple[memoryview, memoryview]:
-        """Return the original bytes of a pair's ground and aerial image, without copying them.
+    def read(self, row: int) -> PairBytes:
+        """Return the original bytes of a pair's ground and aerial image; of a mapped shard, without copying them.
+
+        A damaged copy in the cache is fetched anew.
 
         Raises:
             ShardError: The bytes are not those that were written (a flipped bit on the disk).
+            StoreError: A remote shard cannot be read.
         """
-        return self._read_image(row, "ground"), self._read_image(row, "aerial")
+        shard = self._shard_of_row[row]
+        spans = ground, aerial = self._spans[row]
+        start, stop = min(ground[0], aerial[0]), max(ground[1], aerial[1])
+        data = self._bytes.read(shard, start, stop)
+        images = _cut(data, spans, start)
+        if self._damaged_role(row, images) is None:
+            return images
+        images = _cut(self._bytes.read_again(shard, start, stop, data), spans, start)
+        if (role := self._damaged_role(row, images)) is not None:
+            raise ShardError(
+                f"{self.describe(row)}: the {role} image's bytes have changed since they were sharded; run verify"
+            )
+        return images
+
+    def prefetch(self, rows: npt.NDArray[np.int64] | None = None) -> None:
+        """Announce that the pairs in `rows` (none: all) will be read in this order."""
+        order = self.shards if rows is None else self.shards[rows]
+        _, first_use = np.unique(order, return_index=True)
+        self._bytes.prefetch(order[np.sort(first_use)].tolist())
 
     def describe(self, row: int) -> str:
         """Name a pair for messages: its shard and its key."""
-        return f"{self.manifest.shards[self._shard[row]].name}, key {self.keys[row]}"
+        return f"{self.manifest.shards[self._shard_of_row[row]].name}, key {self.keys[row]}"
 
-    def _read_image(self, row: int, role: str) -> memoryview:
-        spans = self._spans[role]
-        start = int(spans.offset[row])
-        data: memoryview = self._maps[int(self._shard[row])][start : start + int(spans.num_bytes[row])]
-        if xxhash.xxh3_128_hexdigest(data) != spans.xxh3_128[row]:
-            raise ShardError(f"{self.describe(row)}: the {role} image's bytes have changed since they were sharded")
-        return data
+    def _damaged_role(self, row: int, images: PairBytes) -> str | None:
+        for role, image, digest in zip(ROLES, images, self._digests[row], strict=True):
+            if xxhash.xxh3_128_intdigest(image) != digest:
+                return role
+        return None
 
 
-class _Spans:
-    """Where the images of one role lie within their shards."""
-
-    def __init__(self, pairs: pa.Table, role: str) -> None:
-        self.offset: npt.NDArray[np.int64] = pairs[f"{role}_offset"].to_numpy()
-        self.num_bytes: npt.NDArray[np.int64] = pairs[f"{role}_bytes"].to_numpy()
-        self.xxh3_128: Sequence[str] = pairs[f"{role}_xxh3_128"].to_pylist()
+def _spans(pairs: pa.Table, role: str) -> list[Span]:
+    starts = pairs[f"{role}_offset"].to_numpy()
+    stops = starts + pairs[f"{role}_bytes"].to_numpy()
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def default_cache() -> Path:
-    """Return the folder for copies of remote shards: `$XDG_CACHE_HOME/cvft/shards`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvft" / "shards"
+def _cut(data: memoryview, spans: tuple[Span, Span], start: int) -> PairBytes:
+    ground, aerial = spans
+    return data[ground[0] - start : ground[1] - start], data[aerial[0] - start : aerial[1] - start]
 
 
-def _local_file(store: Store, shard: ShardInfo, cache: Path) -> Path:
-    local = store.local_path(shard.name)
-    if local is not None:
-        return local
-    target = cache / f"{shard.blake3}.tar"
-    # A file gets this name only after its digest was verified. Ranks of one node may copy it at the same time: the last
-    # rename wins, and all copies are equal.
-    if not target.exists():
-        _fetch(store, shard, target)
-    return target
-
-
-def _fetch(store: Store, shard: ShardInfo, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    content = blake3()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with store.open_input(shard.name) as source, temporary.open("wb") as stream:
-            while chunk := source.read(_COPY_BYTES):
-                content.update(chunk)
-                stream.write(chunk)
-        if content.hexdigest() != shard.blake3:
-            raise ShardError(f"{store.uri(shard.name)}: its blake3 is not the manifest's; shard again")
-        temporary.replace(target)
-    except OSError as error:
-        raise StoreError(f"{target}: cannot keep a copy of the shard here: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _map_shard(path: Path, shard: ShardInfo) -> memoryview:
-    try:
-        size = path.stat().st_size
-        if size != shard.num_bytes:
-            raise ShardError(f"{path}: has {size} bytes, the manifest says {shard.num_bytes}; shard again")
-        with path.open("rb") as stream:
-            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-    except FileNotFoundError:
-        raise ShardError(f"{path}: the shard is missing; shard again") from None
+def _open_shards(
+    store: Store,
+    manifest: Manifest,
+    numbers: list[int],
+    *,
+    cache: ShardCache | Path | None,
+    access: Literal["mapped", "sparse"],
+) -> ShardBytes:
+    if store.local_path("") is not None:
+        return LocalShards(store, manifest.shards, numbers)
+    if access == "sparse":
+        return RangeReads(store, manifest.shards)
+    shared = cache if isinstance(cache, ShardCache) else ShardCache(cache)
+    return CachedShards(store, manifest.shards, numbers, cache=shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cvft.batch import Batch
 from cvft.checkpoint import CheckpointInfo, load_model, read_info
 from cvft.config import PreprocessConfig
 from cvft.configuration import parse, require, to_plain
@@ -19,8 +21,10 @@ from cvft.model import CrossViewModel
 from cvft.pair_retrieval import rank_pairs
 from cvft.preprocess import Preprocess
 from cvft.retrieval import RetrievalResult
+from pipeline import sequential
+from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
-from pipeline.dataset import PairDataset, default_cache
+from pipeline.dataset import PairDataset
 from pipeline.leaks import Leaks, find_leaks
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
@@ -127,7 +131,7 @@ def evaluate_checkpoint(
         allow_other_preprocess: Accept input prepared otherwise than in training.
         batch_size: Pairs embedded at a time.
         num_threads: Decoding threads.
-        cache: Folder for copies of remote shards.
+        cache: Folder beside which copies of remote checkpoints are kept; shards of a remote store are not copied.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or trained with other preprocessing.
@@ -142,12 +146,12 @@ def evaluate_checkpoint(
     changed = {**to_plain(trained_with), **(preprocess_changes or {})}
     preprocess = parse(PreprocessConfig, changed, prefix="preprocess")
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
-    dataset = PairDataset(Manifest.load(manifest), split, cache=cache)
+    dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
     queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    loader = Loader(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
-    found = embed(model, loader.eval_batches(), preprocess=Preprocess(preprocess), num_pairs=len(dataset))
+    batches = _batches(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
+    found = embed(model, batches, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
     return Evaluation(
         model=model,
         info=info,
@@ -160,6 +164,16 @@ def evaluate_checkpoint(
         hit_distance_m=hit_distance_m,
         device=device,
     )
+
+
+def _batches(
+    dataset: PairDataset, *, preprocess: PreprocessConfig, batch_size: int, num_threads: int
+) -> Iterator[Batch]:
+    """Read every pair once: from memory maps if the shards are here, else in one pass that keeps no copies."""
+    options: dict[str, Any] = {"preprocess": preprocess, "batch_size": batch_size, "num_threads": num_threads}
+    if dataset.is_local:
+        return Loader(dataset, **options).eval_batches()
+    return sequential.eval_batches(dataset, **options)
 
 
 def _rank_by_distance(found: Descriptors, queries: Queries, distance_m: float | None) -> RetrievalResult | None:

@@ -3,6 +3,9 @@
 A global batch has a fixed size; rank r of R takes its rows r, r + R, r + 2R, ... So an epoch's global batches do not
 depend on R, every rank makes the same number of steps, and a run resumes from (epoch, step) alone.
 
+An epoch's order is a permutation of all rows. The first epoch over shards that still have to be fetched may ask for
+`cold_permutation`, which works through the shards in windows and is just as much fixed by seed, epoch and manifest.
+
 Shape letters: N pairs of the split, B pairs of a global batch.
 """
 
@@ -29,6 +32,26 @@ def epoch_permutation(num_pairs: int, *, seed: int, epoch: int) -> Indices:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
+def cold_permutation(shards: Indices, *, window: int, seed: int, epoch: int) -> Indices:
+    """Return a permutation of the rows that uses up `window` shards before it touches the next ones, int64 [N].
+
+    The shards are put in an order drawn from (seed, epoch) and cut into windows; within a window the rows are mixed as
+    in `epoch_permutation`. What is in a cache plays no part, so that ranks and resumed runs agree.
+
+    Args:
+        shards: Each row's shard, int64 [N].
+        window: Number of shards that are mixed.
+        seed: As in `epoch_permutation`.
+        epoch: As in `epoch_permutation`.
+    """
+    _, place = np.unique(shards, return_inverse=True)
+    num_shards = int(place.max()) + 1
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(len(shards) + num_shards)
+    turn = np.empty(num_shards, dtype=np.int64)
+    turn[np.argsort(words[len(shards) :], kind="stable")] = np.arange(num_shards)
+    return np.lexsort((words[: len(shards)], turn[place] // window)).astype(np.int64)
+
+
 def check_divisible(batch_size: int, *, world_size: int) -> None:
     """Refuse a global batch that cannot be cut into equal parts.
 
@@ -50,16 +73,21 @@ def check_fills(num_pairs: int, *, batch_size: int) -> None:
         raise ConfigError(f"batch_size: {batch_size} exceeds the split's {num_pairs} pairs; use {num_pairs} or fewer")
 
 
-def train_batches(num_pairs: int, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Indices]:
-    """Yield the epoch's global batches from `first_step` on, int64 [B] each; the tail is dropped."""
-    permutation = epoch_permutation(num_pairs, seed=seed, epoch=epoch)
-    for step in range(first_step, num_pairs // batch_size):
-        yield permutation[step * batch_size : (step + 1) * batch_size]
+def train_batches(order: Indices, *, batch_size: int, first_step: int = 0) -> Iterator[Indices]:
+    """Yield an epoch's global batches from `first_step` on, int64 [B] each; the tail is dropped.
+
+    Args:
+        order: A permutation of the split's rows, int64 [N].
+        batch_size: B.
+        first_step: Batches to leave out at the beginning.
+    """
+    for step in range(first_step, len(order) // batch_size):
+        yield order[step * batch_size : (step + 1) * batch_size]
 
 
-def dropped_tail(num_pairs: int, *, batch_size: int, seed: int, epoch: int) -> Indices:
-    """Return the rows that this epoch leaves out, fewer than a batch and different ones in each epoch."""
-    return epoch_permutation(num_pairs, seed=seed, epoch=epoch)[num_pairs // batch_size * batch_size :]
+def dropped_tail(order: Indices, *, batch_size: int) -> Indices:
+    """Return the rows that an epoch of this order leaves out, fewer than a batch and different ones in each epoch."""
+    return order[len(order) // batch_size * batch_size :]
 
 
 def eval_batches(num_pairs: int, *, batch_size: int) -> Iterator[tuple[Indices, int]]:

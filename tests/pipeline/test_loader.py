@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from pipeline import sampler
 from pipeline.dataset import PairDataset
 from pipeline.images import decode
 from pipeline.loader import Loader
+from pipeline.profile import ShardProfile, preresized
 
 PREPROCESS = PreprocessConfig(ground_size_px=(28, 154), aerial_size_px=(64, 64))
 
@@ -74,12 +76,12 @@ def test_pixels_index_and_place_are_those_of_the_pair(profile, dataset):
             np.testing.assert_array_equal(batch.location_m[position].numpy(), dataset.location_m[row])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_global_batches_are_the_same_for_any_number_of_ranks(world_size, dataset):
-    assert_same(epoch(dataset), epoch(dataset, world_size=world_size))
+    assert_same(epoch(dataset, batch_size=8), epoch(dataset, batch_size=8, world_size=world_size))
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
 def test_batches_are_the_same_for_any_number_of_threads(num_threads, dataset):
     assert_same(epoch(dataset), epoch(dataset, num_threads=num_threads))
 
@@ -93,7 +95,7 @@ def test_epoch_resumed_on_other_ranks_continues_the_same_sequence(dataset):
 def test_epoch_is_every_pair_once_but_for_the_named_tail(dataset):
     batches = epoch(dataset)
     seen = [row for batch in batches for row in batch["index"].tolist()]
-    tail = sampler.dropped_tail(11, batch_size=4, seed=5, epoch=3).tolist()
+    tail = sampler.dropped_tail(loader(dataset, seed=5).epoch_order(3), batch_size=4).tolist()
     assert sorted(seen + tail) == list(range(11))
     assert loader(dataset).num_steps == len(batches) == 2
 
@@ -157,3 +159,53 @@ def test_image_that_cannot_be_decoded_is_named(cvusa, tmp_path, make_shards):
     manifest = make_shards(cvusa, str(tmp_path / "store"), check_images=False)
     with pytest.raises(DataError, match=r"val-0000\d\.tar, key 0000013: aerial image: Premature end of JPEG file"):
         list(loader(PairDataset(manifest, "val")).eval_batches())
+
+
+def test_first_epoch_over_cold_shards_uses_them_up_in_windows_on_any_number_of_ranks(dataset):
+    orders = [loader(dataset, seed=5, cold_start_window=window).epoch_order for window in (1, 2, None)]
+    shards = dataset.shards[orders[0](0)].tolist()
+    assert len(dict.fromkeys(shards)) == 3
+    assert shards == sorted(shards, key=list(dict.fromkeys(shards)).index)
+    later = [order(1).tolist() for order in orders]
+    assert later[0] == later[1] == later[2]
+    batches = [copied(batch) for batch in loader(dataset, seed=5, cold_start_window=1).train_batches(0)]
+    assert torch.cat([batch.index for batch in batches]).tolist() == orders[0](0)[:8].tolist()
+    options = {"seed": 5, "cold_start_window": 1, "world_size": 2}
+    ranks = [map(copied, loader(dataset, world_rank=rank, **options).train_batches(0, 1)) for rank in range(2)]
+    assert_same([joined([batches[1]])], [joined(list(parts)) for parts in zip(*ranks, strict=True)])
+
+
+def with_profile(dataset: PairDataset, profile: ShardProfile) -> PairDataset:
+    dataset.manifest.profile = profile
+    return dataset
+
+
+def test_decode_profile_and_the_shards_must_fit_each_other(dataset):
+    sizes = (PREPROCESS.ground_size_px, PREPROCESS.aerial_size_px)
+    taken_as_is = dataclasses.replace(PREPROCESS, decode_profile="preresized")
+    with pytest.raises(
+        ConfigError, match=r"preprocess.decode_profile: preresized .* does not fit .* images are original"
+    ):
+        Loader(dataset, preprocess=taken_as_is, batch_size=4)
+    Loader(with_profile(dataset, preresized(*sizes)), preprocess=taken_as_is, batch_size=4)
+    with pytest.raises(
+        ConfigError, match=r"exact .* does not fit .* images are preresized \(ground 28x154, aerial 64x64"
+    ):
+        loader(dataset)
+    with pytest.raises(ConfigError, match=r"preresized \(ground 28x154, aerial 64x64\) does not fit"):
+        Loader(with_profile(dataset, preresized((28, 154), (64, 65))), preprocess=taken_as_is, batch_size=4)
+
+
+def test_rows_that_are_not_used_are_cut_away(cvusa, tmp_path, make_shards):
+    manifest = make_shards(cvusa, str(tmp_path / "store"))
+    for name, row in (("ground_first_row_px", 14), ("ground_stop_row_px", 42)):
+        column = pa.array([row] * manifest.pairs.num_rows, pa.int32())
+        manifest.pairs = manifest.pairs.set_column(manifest.pairs.column_names.index(name), name, column)
+    dataset = PairDataset(manifest, "val")
+    for profile in ("exact", "fast"):
+        preprocess = dataclasses.replace(PREPROCESS, decode_profile=profile)
+        (batch,) = Loader(dataset, preprocess=preprocess, batch_size=5).eval_batches()
+        for row in range(5):
+            expected = np.empty((28, 154, 3), np.uint8)
+            decode(dataset.read(row)[0], expected, profile=profile, rows_px=(14, 42))
+            np.testing.assert_array_equal(batch.ground[row].numpy(), expected)

@@ -12,6 +12,7 @@ from pipeline import sampler
 
 SEEDS = st.integers(min_value=0, max_value=2**63)
 SIZES = st.integers(min_value=1, max_value=300)
+SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=200).map(lambda numbers: np.array(sorted(numbers)))
 
 
 def test_permutation_is_fixed_for_good():
@@ -39,22 +40,67 @@ def test_permutation_is_uniform():
 
 @given(num_pairs=SIZES, batch_size=st.integers(1, 40), epoch=st.integers(0, 5))
 def test_epoch_is_every_pair_once_but_for_a_named_tail(num_pairs, batch_size, epoch):
-    batches = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=7, epoch=epoch))
-    tail = sampler.dropped_tail(num_pairs, batch_size=batch_size, seed=7, epoch=epoch)
+    order = sampler.epoch_permutation(num_pairs, seed=7, epoch=epoch)
+    batches = list(sampler.train_batches(order, batch_size=batch_size))
+    tail = sampler.dropped_tail(order, batch_size=batch_size)
     assert len(tail) < batch_size
     assert all(len(batch) == batch_size for batch in batches)
     assert sorted(np.concatenate([*batches, tail])) == list(range(num_pairs))
 
 
+def test_cold_order_is_fixed_for_good():
+    shards = np.repeat([4, 0, 7], 3)
+    assert sampler.cold_permutation(shards, window=1, seed=3, epoch=0).tolist() == [6, 8, 7, 1, 2, 0, 5, 4, 3]
+
+
+@given(shards=SHARDS, window=st.integers(1, 12), seed=SEEDS)
+def test_cold_order_holds_every_row_once_and_uses_up_each_window_of_shards(shards, window, seed):
+    order = sampler.cold_permutation(shards, window=window, seed=seed, epoch=0)
+    assert sorted(order) == list(range(len(shards)))
+    first_use = list(dict.fromkeys(shards[order].tolist()))
+    rest = shards[order]
+    for start in range(0, len(first_use), window):
+        in_window = np.isin(rest, first_use[start : start + window])
+        num_rows = int(in_window.sum())
+        assert in_window[:num_rows].all()
+        rest = rest[num_rows:]
+    assert len(rest) == 0
+
+
+@given(shards=SHARDS, seed=SEEDS)
+def test_cold_order_with_all_shards_in_one_window_is_the_global_one(shards, seed):
+    order = sampler.cold_permutation(shards, window=len(shards), seed=seed, epoch=0)
+    np.testing.assert_array_equal(order, sampler.epoch_permutation(len(shards), seed=seed, epoch=0))
+
+
+def test_cold_order_depends_on_the_seed_and_mixes_shards_and_rows():
+    shards = np.repeat(np.arange(20), 50)
+    orders = [sampler.cold_permutation(shards, window=4, seed=seed, epoch=0) for seed in range(5)]
+    assert len({tuple(shards[order][:4]) for order in orders}) == 5
+    firsts = [len(set(shards[order][:30].tolist())) for order in orders]
+    assert firsts == [4] * 5
+
+
+@given(shards=SHARDS, window=st.integers(1, 6), batch_size=st.integers(1, 20))
+def test_cold_epoch_is_every_pair_once_but_for_a_named_tail(shards, window, batch_size):
+    order = sampler.cold_permutation(shards, window=window, seed=5, epoch=0)
+    tail = sampler.dropped_tail(order, batch_size=batch_size)
+    assert len(tail) < batch_size
+    batches = list(sampler.train_batches(order, batch_size=batch_size))
+    assert sorted(np.concatenate([*batches, tail])) == list(range(len(shards)))
+
+
 def test_tail_differs_from_epoch_to_epoch():
-    tails = {tuple(sampler.dropped_tail(103, batch_size=10, seed=0, epoch=epoch)) for epoch in range(10)}
+    orders = [sampler.epoch_permutation(103, seed=0, epoch=epoch) for epoch in range(10)]
+    tails = {tuple(sampler.dropped_tail(order, batch_size=10)) for order in orders}
     assert len(tails) == 10
 
 
 @given(num_pairs=SIZES, batch_size=st.integers(1, 40), first_step=st.integers(0, 50))
 def test_resumed_epoch_continues_the_same_sequence(num_pairs, batch_size, first_step):
-    whole = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=1, epoch=2))
-    rest = list(sampler.train_batches(num_pairs, batch_size=batch_size, seed=1, epoch=2, first_step=first_step))
+    order = sampler.epoch_permutation(num_pairs, seed=1, epoch=2)
+    whole = list(sampler.train_batches(order, batch_size=batch_size))
+    rest = list(sampler.train_batches(order, batch_size=batch_size, first_step=first_step))
     np.testing.assert_array_equal(whole[first_step:], rest)
 
 
