@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON, whole or absent, never a pickle.
 
     model.safetensors       the network's tensors
-    training.safetensors    the optimizer's tensors, where a training can go on
+    training.safetensors    the tensors of the optimizer and of the loss, where a training can go on
     checkpoint.json         configuration, preprocessing, step, manifest digest, and the SHA-256 of each tensor file
 
 A directory is written beside its place and moved there at the end. Every tensor file is held against its hash when
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cvft.config import ModelConfig, PreprocessConfig
@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 TRAINING_FILE = "training.safetensors"
 INFO_FILE = "checkpoint.json"
+_LOSS_PREFIX = "loss."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,12 @@ class CheckpointInfo:
 
 
 def save_checkpoint(
-    directory: Path, *, model: CrossViewModel, info: CheckpointInfo, optimizer: Optimizer | None = None
+    directory: Path,
+    *,
+    model: CrossViewModel,
+    info: CheckpointInfo,
+    optimizer: Optimizer | None = None,
+    loss: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint; never half of one stands in `directory`.
 
@@ -74,7 +80,9 @@ def save_checkpoint(
         directory: Its place; an older checkpoint there is replaced.
         model: The network itself, without a DDP wrapper.
         info: What to say about it.
-        optimizer: Adam or AdamW over the network's parameters; without it the training cannot be resumed from here.
+        optimizer: Adam or AdamW over the parameters of the network and the loss; without it the training cannot be
+            resumed from here.
+        loss: The loss, where it has parameters of its own; goes with `optimizer`.
 
     Raises:
         CheckpointError: The place cannot be written.
@@ -86,7 +94,8 @@ def save_checkpoint(
         document: dict[str, Any] = {"format": FORMAT, **to_plain(info)}
         document["files"] = {MODEL_FILE: _write_tensors(temporary / MODEL_FILE, model.state_dict())}
         if optimizer is not None:
-            tensors, document["optimizer_groups"] = collect_optimizer_state(optimizer, model)
+            tensors, document["optimizer_groups"] = collect_optimizer_state(optimizer, _parameters(model, loss))
+            tensors |= _own_state(loss)
             document["files"][TRAINING_FILE] = _write_tensors(temporary / TRAINING_FILE, tensors)
         _write(temporary / INFO_FILE, json.dumps(document, indent=2).encode())
         _publish(temporary, directory)
@@ -133,15 +142,21 @@ def load_model(
 
 
 def restore_training(
-    directory: Path, *, model: CrossViewModel, preprocess: PreprocessConfig, optimizer: Optimizer
+    directory: Path,
+    *,
+    model: CrossViewModel,
+    preprocess: PreprocessConfig,
+    optimizer: Optimizer,
+    loss: nn.Module | None = None,
 ) -> CheckpointInfo:
-    """Put a checkpoint's tensors into a network and its optimizer; training goes on to the bit as if never stopped.
+    """Put a checkpoint's tensors into a network, its loss and optimizer; it goes on to the bit as if never stopped.
 
     Args:
         directory: The checkpoint.
         model: A network of the checkpoint's configuration, without a DDP wrapper.
         preprocess: How its input will be made; the same as before.
-        optimizer: Adam or AdamW over the network's parameters.
+        optimizer: Adam or AdamW over the parameters of the network and the loss.
+        loss: The loss, where it has parameters of its own.
 
     Raises:
         CheckpointError: The checkpoint is missing or damaged, holds no optimizer state, or is of another configuration.
@@ -158,9 +173,25 @@ def restore_training(
             f"{directory} holds no optimizer state: it can be evaluated, but no training can go on from it"
         )
     tensors = _read_tensors(directory, TRAINING_FILE, document["files"])
+    slots = {name: tensors.pop(name) for name in list(tensors) if ":" in name}
+    source = str(directory / TRAINING_FILE)
+    require_same_tensors(shapes(_own_state(loss)), shapes(tensors), source=source)
     _load_state(model, document, directory)
-    apply_optimizer_state(optimizer, model, tensors=tensors, groups=document["optimizer_groups"], source=str(directory))
+    if loss is not None:
+        loss.load_state_dict({name.removeprefix(_LOSS_PREFIX): tensor for name, tensor in tensors.items()})
+    groups = document["optimizer_groups"]
+    apply_optimizer_state(optimizer, _parameters(model, loss), tensors=slots, groups=groups, source=source)
     return info
+
+
+def _own_state(loss: nn.Module | None) -> dict[str, Tensor]:
+    """Return the loss's tensors under names that no tensor of the network and no slot of the optimizer has."""
+    return {} if loss is None else {f"{_LOSS_PREFIX}{name}": tensor for name, tensor in loss.state_dict().items()}
+
+
+def _parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
+    of_loss = {} if loss is None else dict(loss.named_parameters(prefix=_LOSS_PREFIX.removesuffix(".")))
+    return {**dict(model.named_parameters()), **of_loss}
 
 
 def _document(directory: Path) -> dict[str, Any]:

@@ -133,17 +133,25 @@ class LossConfig:
     """The training loss over all pairs of the global batch.
 
     Attributes:
-        kind: `soft_margin_triplet` is the paper's weighted soft-margin triplet loss in both directions.
-        gamma: Steepness of the soft margin.
+        kind: `soft_margin_triplet` is the paper's weighted soft-margin triplet loss in both directions; `info_nce` is
+            the symmetric cross entropy with a learned temperature.
+        gamma: Steepness of the soft margin; used by `soft_margin_triplet` alone.
+        temperature: Where the learned temperature starts; used by `info_nce` alone.
+        label_smoothing: Share of the label that is spread over all references; used by `info_nce` alone.
         mask_distance_m: Negatives nearer than this to the query are left out; none keeps all (CVACT uses 25).
     """
 
-    kind: Literal["soft_margin_triplet"] = "soft_margin_triplet"
+    kind: Literal["soft_margin_triplet", "info_nce"] = "soft_margin_triplet"
     gamma: float = 10.0
+    temperature: float = 0.07
+    label_smoothing: float = 0.1
     mask_distance_m: float | None = None
 
     def __post_init__(self) -> None:
         require(self.gamma > 0, f"gamma: {self.gamma} must be positive")
+        temperature, smoothing = self.temperature, self.label_smoothing
+        require(0.01 <= temperature <= 1, f"temperature: {temperature} must lie in [0.01, 1], where it is kept")
+        require(0 <= smoothing < 1, f"label_smoothing: {smoothing} must lie in [0, 1)")
         distance = self.mask_distance_m
         require(distance is None or distance > 0, f"mask_distance_m: {distance} must be positive, or null for no mask")
 

@@ -103,7 +103,7 @@ def train_epoch(
         model: Gives (ground, aerial) descriptors [B, D]; wrapped by `wrap_ddp` where there are several ranks.
         batches: This rank's batches; every rank has the same number of them and of rows in each.
         preprocess: Makes the network's input from pixels on the model's device.
-        loss: Computed on every rank over the global batch.
+        loss: Computed on every rank over the global batch; on the model's device.
         optimizer: Its learning rate is set at every step.
         learning_rate: Rate as a function of the step.
         first_step: Number of the first step.
@@ -157,7 +157,9 @@ def _train_step(
     model: nn.Module, batch: Batch, *, preprocess: Preprocessor, loss: Loss, optimizer: Optimizer, step: int
 ) -> float:
     ground, aerial = model(preprocess(batch.ground), preprocess(batch.aerial))
-    value = loss(gather_with_gradient(ground), gather_with_gradient(aerial), location_m=gather(batch.location_m))
+    value: Tensor = loss(
+        gather_with_gradient(ground), gather_with_gradient(aerial), location_m=gather(batch.location_m)
+    )
     optimizer.zero_grad(set_to_none=True)
     value.backward()  # type: ignore[no-untyped-call]
     # Read after the backward is queued, so that a GPU does not idle between the two, and before the weights are
@@ -170,6 +172,7 @@ def _train_step(
             f"step {step}: the loss is {number} on the pairs {index}; lower the learning rate, or look at these pairs"
         )
     optimizer.step()
+    loss.clamp_parameters()
     return number
 
 

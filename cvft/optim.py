@@ -12,11 +12,12 @@ from cvft.config import OptimizerConfig
 from cvft.errors import ConfigError
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Build the optimizer over the model's trainable parameters, in the model's own order.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, loss: nn.Module | None = None) -> Optimizer:
+    """Build the optimizer over the trainable parameters of the model and of the loss, in their own order.
 
-    Matrices and kernels form the first group, which decays; biases and the scales of norms (one axis) form the second,
-    which does not. `adam` adds the decay to the gradient (L2), `adamw` shrinks the weights directly.
+    Matrices and kernels form the first group, which decays; biases, the scales of norms (one axis) and a temperature
+    (none) form the second, which does not. `adam` adds the decay to the gradient (L2), `adamw` shrinks the weights
+    directly.
 
     Raises:
         ConfigError: Every parameter is frozen.
@@ -24,6 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("num_frozen_blocks: every parameter of the model is frozen; leave something to train")
+    trainable += [] if loss is None else loss.parameters()
     kinds: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},

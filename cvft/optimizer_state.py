@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 from cvft.errors import CheckpointError
 
 
-def collect_optimizer_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the state of an optimizer over `model` whose slots are all tensors, as those of Adam and AdamW are.
+def collect_optimizer_state(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the state of an optimizer over `parameters` whose slots are all tensors, as those of Adam and AdamW are.
 
     Returns:
         The tensors by `<parameter's name>:<slot>`, and the parameter groups as plain data with parameters by name.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     tensors = {
         f"{names[parameter]}:{slot}": value
         for parameter, state in optimizer.state.items()
@@ -31,14 +33,18 @@ def collect_optimizer_state(optimizer: Optimizer, model: nn.Module) -> tuple[dic
 
 
 def apply_optimizer_state(
-    optimizer: Optimizer, model: nn.Module, *, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]], source: str
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    tensors: Mapping[str, Tensor],
+    groups: list[dict[str, Any]],
+    source: str,
 ) -> None:
     """Put a collected state into an optimizer over the same parameters in the same groups.
 
     Raises:
         CheckpointError: The optimizer has other parameters or groups than the state.
     """
-    parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if [group["params"] for group in groups] != own_groups:

@@ -1,4 +1,4 @@
-"""Where float32 has to be float32: transport and ranking."""
+"""Where float32 has to be float32: transport, losses and ranking."""
 
 from __future__ import annotations
 

@@ -99,11 +99,11 @@ class _Training:
         self._queries = Queries.of_split(manifest, splits[0], train_split=splits[1])
         self._eval_loader = self._loader(eval_set)
         self._preprocess = Preprocess(config.preprocess)
-        self._loss = build_loss(config.train.loss)
+        self._loss = build_loss(config.train.loss).to(device)
         torch.manual_seed(config.train.seed)  # the initial weights
         model = build_model(config.model, config.preprocess).to(device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        self._optimizer = build_optimizer(model, config.train.optimizer)
+        self._optimizer = build_optimizer(model, config.train.optimizer, loss=self._loss)
         self._num_steps = config.train.num_epochs * self._train_loader.num_steps
         self._schedule = build_schedule(config.train.optimizer, num_steps=self._num_steps)
         self._checkpoints = checkpoints_of(config)
@@ -153,7 +153,7 @@ class _Training:
                 metrics=metrics,
                 training=dataclasses.asdict(self._history),
             )
-            name = self._checkpoints.save(model=self._model, info=info, optimizer=self._optimizer)
+            name = self._checkpoints.save(model=self._model, info=info, optimizer=self._optimizer, loss=self._loss)
             self._checkpoints.keep({name, self._history.best})
             _log_epoch(metrics, self._config.train.num_epochs)
         return metrics
@@ -163,7 +163,13 @@ class _Training:
         if not names:
             return 0, History()
         newest = fetch(self._checkpoints.uri(names[-1]), cache=default_cache().parent)
-        info = restore_training(newest, model=model, preprocess=self._config.preprocess, optimizer=self._optimizer)
+        info = restore_training(
+            newest,
+            model=model,
+            preprocess=self._config.preprocess,
+            optimizer=self._optimizer,
+            loss=self._loss,
+        )
         LOGGER.info("going on from %s", self._checkpoints.uri(names[-1]))
         return info.epoch, History(**info.training)
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from torch import nn
 from torch.optim import Optimizer
 
 from cvft.checkpoint import INFO_FILE, CheckpointInfo, save_checkpoint
@@ -42,15 +43,17 @@ class CheckpointFolder:
         """Return the URI of a checkpoint, as `evaluate --checkpoint` takes it."""
         return self._store.uri(name)
 
-    def save(self, *, model: CrossViewModel, info: CheckpointInfo, optimizer: Optimizer) -> str:
+    def save(
+        self, *, model: CrossViewModel, info: CheckpointInfo, optimizer: Optimizer, loss: nn.Module | None = None
+    ) -> str:
         """Write the checkpoint of an epoch and return its name."""
         name = checkpoint_name(info.epoch)
         local = self._store.local_path(name)
         if local is not None:
-            save_checkpoint(local, model=model, info=info, optimizer=optimizer)
+            save_checkpoint(local, model=model, info=info, optimizer=optimizer, loss=loss)
             return name
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder) / name, model=model, info=info, optimizer=optimizer)
+            save_checkpoint(Path(folder) / name, model=model, info=info, optimizer=optimizer, loss=loss)
             files = sorted((Path(folder) / name).iterdir(), key=lambda path: path.name == INFO_FILE)
             for file in files:
                 with file.open("rb") as source, self._store.open_output(f"{name}/{file.name}") as target:

@@ -14,9 +14,19 @@ from cvft.checkpoint import (
     restore_training,
     save_checkpoint,
 )
-from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig, TransportConfig
+from cvft.config import (
+    BackboneConfig,
+    HeadConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreprocessConfig,
+    TransportConfig,
+)
 from cvft.errors import CheckpointError
+from cvft.loss import build_loss
 from cvft.model import build_model
+from cvft.optim import build_optimizer
 
 PREPROCESS = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
 CONFIG = ModelConfig(
@@ -246,3 +256,45 @@ def test_no_training_goes_on_with_other_preprocessing(saved):
     other = dataclasses.replace(INFO.preprocess, std=(9.0, 9.0, 9.0))
     with pytest.raises(CheckpointError, match=r"another preprocessing: std was .* and is \[9\.0, 9\.0, 9\.0\] here"):
         restore_training(directory, model=model, preprocess=other, optimizer=optimizer_of(model))
+
+
+def train_by_info_nce(model, loss, optimizer, steps):
+    model.train()
+    for step in steps:
+        torch.manual_seed(step)
+        value = loss(*model(*pairs(step)))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        loss.clamp_parameters()
+
+
+def info_nce_of(model):
+    loss = build_loss(LossConfig(kind="info_nce"))
+    return loss, build_optimizer(model, OptimizerConfig(learning_rate=1e-2), loss=loss)
+
+
+def test_a_learned_temperature_and_its_moments_go_on_to_the_bit(tmp_path):
+    straight = network()
+    loss, optimizer = info_nce_of(straight)
+    train_by_info_nce(straight, loss, optimizer, range(3))
+    save_checkpoint(tmp_path / "last", model=straight, info=INFO, optimizer=optimizer, loss=loss)
+    train_by_info_nce(straight, loss, optimizer, range(3, 6))
+
+    resumed = network(seed=99)
+    other, optimizer = info_nce_of(resumed)
+    start = other.log_scale.item()
+    restore_training(tmp_path / "last", model=resumed, preprocess=PREPROCESS, optimizer=optimizer, loss=other)
+    assert other.log_scale.item() != start
+    train_by_info_nce(resumed, other, optimizer, range(3, 6))
+    assert other.log_scale.item() == loss.log_scale.item()
+    state = resumed.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in straight.state_dict().items())
+    assert load_model(tmp_path / "last")[1] == INFO  # whoever evaluates needs no loss
+
+
+def test_a_checkpoint_of_another_loss_is_refused(saved):
+    directory, model = saved
+    loss, optimizer = info_nce_of(model)
+    with pytest.raises(CheckpointError, match=r"loss\.log_scale is missing"):
+        restore_training(directory, model=model, preprocess=PREPROCESS, optimizer=optimizer, loss=loss)

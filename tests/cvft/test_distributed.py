@@ -1,4 +1,5 @@
 import copy
+import itertools
 import time
 
 import pytest
@@ -9,11 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 from cvft.config import LossConfig
 from cvft.distributed import World, current_world, gather, gather_with_gradient, unwrap, wrap_ddp
 from cvft.engine import embed, evaluate, train_epoch
-from cvft.loss import build_loss
+from cvft.loss import Loss, build_loss
 from tests.cvft.tiny import TinyModel, eval_batches, preprocess, train_batches
 from tests.distributed_helper import run_distributed
 
-LOSSES = (LossConfig(), LossConfig(gamma=3.0, mask_distance_m=15.0))
+LOSSES = (
+    LossConfig(),
+    LossConfig(gamma=3.0, mask_distance_m=15.0),
+    LossConfig(kind="info_nce"),
+    LossConfig(kind="info_nce", temperature=0.5, label_smoothing=0.0, mask_distance_m=15.0),
+)
 
 
 def test_without_a_process_group_nothing_changes():
@@ -24,24 +30,24 @@ def test_without_a_process_group_nothing_changes():
     assert not gather(tensor).requires_grad
 
 
-def _joined_step(model: torch.nn.Module, batch_size: int, config: LossConfig, dtype: torch.dtype) -> Tensor:
-    """One process's loss on the joined batch; gradients are left in the model."""
+def _joined_step(model: torch.nn.Module, loss: Loss, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """One process's loss on the joined batch; gradients are left in the model and in the loss."""
     (batch,) = train_batches(1, size=batch_size)
     ground, aerial = model(preprocess(batch.ground).to(dtype), preprocess(batch.aerial).to(dtype))
-    loss = build_loss(config)(ground, aerial, location_m=batch.location_m)
-    loss.backward()
-    return loss.detach()
+    value = loss(ground, aerial, location_m=batch.location_m)
+    value.backward()
+    return value.detach()
 
 
-def _ddp_step(model: torch.nn.Module, batch_size: int, config: LossConfig, dtype: torch.dtype) -> Tensor:
+def _ddp_step(model: torch.nn.Module, loss: Loss, batch_size: int, dtype: torch.dtype) -> Tensor:
     """This rank's part of the same step under DDP."""
     world = current_world()
     (batch,) = train_batches(1, size=batch_size, rank=world.rank, world=world.size)
     ground, aerial = model(preprocess(batch.ground).to(dtype), preprocess(batch.aerial).to(dtype))
     location_m = gather(batch.location_m)
-    loss = build_loss(config)(gather_with_gradient(ground), gather_with_gradient(aerial), location_m=location_m)
-    loss.backward()
-    return loss.detach()
+    value = loss(gather_with_gradient(ground), gather_with_gradient(aerial), location_m=location_m)
+    value.backward()
+    return value.detach()
 
 
 def _check_steps() -> None:
@@ -50,9 +56,11 @@ def _check_steps() -> None:
             alone = TinyModel(dtype=dtype)
             together = wrap_ddp(copy.deepcopy(alone))
             assert isinstance(together, DistributedDataParallel)
-            expected = _joined_step(alone, 16, config, dtype)
-            torch.testing.assert_close(_ddp_step(together, 16, config, dtype), expected, rtol=tolerance, atol=0)
-            for mine, theirs in zip(alone.parameters(), unwrap(together).parameters(), strict=True):
+            one_loss, loss = build_loss(config), build_loss(config)
+            expected = _joined_step(alone, one_loss, 16, dtype)
+            torch.testing.assert_close(_ddp_step(together, loss, 16, dtype), expected, rtol=tolerance, atol=0)
+            ours = itertools.chain(unwrap(together).parameters(), loss.parameters())
+            for mine, theirs in zip(itertools.chain(alone.parameters(), one_loss.parameters()), ours, strict=True):
                 assert mine.grad.abs().max() > 1e-2
                 assert (mine.grad - theirs.grad).abs().max() <= tolerance * mine.grad.abs().max()
 

@@ -28,9 +28,11 @@ def _main(module, arguments, capfd):
     return code, json.loads(out.splitlines()[-1]) if code == 0 else None, err
 
 
-def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_bitwise(tiny, tmp_path):
-    straight = train.train(tiny("name=straight", "train.num_epochs=4"))
-    config = tiny("name=stopped", "train.num_epochs=4")
+@pytest.mark.parametrize("loss", ["soft_margin_triplet", "info_nce"])
+def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_bitwise(tiny, loss):
+    settings = ["train.num_epochs=4", f"train.loss.kind={loss}"]
+    straight = train.train(tiny("name=straight", *settings))
+    config = tiny("name=stopped", *settings)
 
     class PowerCut(Exception):
         pass
