@@ -15,6 +15,7 @@ from pipeline.storage import FileStatus
 Layout = Literal["cvusa", "cvact", "vigor", "table"]
 TRAIN = "train"
 VAL = "val"
+TEST = "test"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,12 +76,16 @@ class Source(Protocol):
         """Return the folder (or file) below `root`, or "" for `root` itself, where this layout starts, or None."""
         ...
 
+    def near_miss(self, root: RawFolder) -> str:
+        """Return what is there of this layout in a root that `detect` refused, in words, or an empty string."""
+        ...
+
     def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """List the pairs under `base` (what `detect` returned)."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Row:
     """One listed pair, whatever file listed it; paths are relative to the root."""
 
@@ -99,10 +103,11 @@ class Row:
 class RowChecker:
     """Turns listed rows into usable pairs: checks keys, repeats and files, and keeps count of everything else."""
 
-    def __init__(self, root: RawFolder) -> None:
+    def __init__(self, root: RawFolder, *, missing_hint: str = "") -> None:
         self.pairs: list[PairSource] = []
         self.problems: list[Problem] = []
         self._root = root
+        self._missing_hint = missing_hint
         self._seen: dict[str, Row] = {}
         self._good_splits: set[str] = set()
 
@@ -165,7 +170,8 @@ class RowChecker:
         """Return the status of an image's file, or None (and note why) if it cannot be used."""
         status = self._root.status(path)
         if status is None:
-            self.note(f"missing_{role}", key=row.key, path=path, detail=f"listed in {row.listed_in}, no such file")
+            detail = f"listed in {row.listed_in}, no such file{self._missing_hint}"
+            self.note(f"missing_{role}", key=row.key, path=path, detail=detail)
         elif status.num_bytes == 0:
             self.note("empty_file", key=row.key, path=path, detail="zero bytes")
             return None
@@ -188,6 +194,13 @@ def key_trouble(key: str) -> str:
 def printable(text: str) -> str:
     """Return a path or a name with bytes that are not UTF-8 escaped."""
     return text if text.isascii() else text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def some_names(root: RawFolder, folder: str = "", limit: int = 8) -> str:
+    """Return the first names in a folder, for messages."""
+    names = [printable(name) for name in root.names(folder)]
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + rest
 
 
 def count_kinds(problems: Iterable[Problem]) -> dict[str, int]:

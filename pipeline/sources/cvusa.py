@@ -11,9 +11,10 @@ import fnmatch
 import io
 import math
 
+from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, printable, some_names
 
 # Folders below the given root in which the dataset has been met.
 BASES = ("", "CVUSA", "CVUSA/dataset", "CVPR_subset", "CVUSA/CVPR_subset", "dataset")
@@ -33,13 +34,33 @@ class CvusaSource:
         """Return the folder that holds `splits/`."""
         return next((base for base in BASES if _lists(root, base)), None)
 
+    def near_miss(self, root: RawFolder) -> str:
+        """Return what is there of a CVUSA whose split lists were not found."""
+        if fnmatch.filter(root.names(), f"*{_LIST_ENDING}"):
+            return "the split lists themselves are there; name the folder above as the root"
+        for base in BASES:
+            lists = join(base, "splits")
+            if root.has(lists):
+                found = some_names(root, lists)
+                return f"{lists}/ is there but has no *{_LIST_ENDING} (it has {found})"
+            for folder in ("bingmap", "streetview"):
+                if root.has(join(base, folder)):
+                    return f"{join(base, folder)}/ is there but no {SPLIT_LISTS} beside it"
+        return ""
+
     def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
-        """List the pairs of every split list, or of the list of `split` alone."""
+        """List the pairs of every split list, or of the list of `split` alone.
+
+        Raises:
+            DataError: There is no list of `split`.
+        """
+        splits = [name.removesuffix(_LIST_ENDING) for name in _lists(root, base)]
+        if split is not None and split not in splits:
+            raise DataError(f"{root.uri}: there is no list of the split {split!r}; there are {', '.join(splits)}")
         locations = _Locations.find(base, root)
         checker = RowChecker(root)
-        for name in _lists(root, base):
-            if split is None or name == split + _LIST_ENDING:
-                _scan_list(name, base=base, root=root, locations=locations, checker=checker)
+        for one in splits if split is None else [split]:
+            _scan_list(one, base=base, root=root, locations=locations, checker=checker)
         return SourceScan(layout="cvusa", root=root, pairs=checker.pairs, problems=checker.problems, rules=RULES)
 
 
@@ -47,20 +68,19 @@ def _lists(root: RawFolder, base: str) -> list[str]:
     return fnmatch.filter(root.names(join(base, "splits")), f"*{_LIST_ENDING}")
 
 
-def _scan_list(name: str, *, base: str, root: RawFolder, locations: _Locations, checker: RowChecker) -> None:
-    split = name.removesuffix(_LIST_ENDING)
+def _scan_list(split: str, *, base: str, root: RawFolder, locations: _Locations, checker: RowChecker) -> None:
+    name = split + _LIST_ENDING
     text = root.read_text(join(base, f"splits/{name}"))
     for number, cells in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
-        fields = [cell.strip() for cell in cells]
-        if not any(fields):
-            continue
         listed_in = f"{name}:{number}"
-        if len(fields) < 2:
-            checker.note(
-                "bad_row", key=None, path=listed_in, detail=f"one column, expected aerial,ground: {fields[0]!r}"
-            )
+        if len(cells) < 2:
+            if any(map(str.strip, cells)):
+                why = f"one column, expected aerial,ground: {printable(cells[0])!r}"
+                checker.note("bad_row", key=None, path=listed_in, detail=why)
             continue
-        aerial, ground = fields[0], fields[1]
+        aerial, ground = cells[0].strip(), cells[1].strip()
+        if not (aerial or ground):
+            continue
         if number == 1 and not aerial.lower().endswith(_IMAGE_SUFFIXES):
             continue  # a header, where none belongs
         key = ground.rpartition("/")[2].rpartition(".")[0]
@@ -117,7 +137,7 @@ class _Locations:
 
 def _numbers(row: str) -> list[float] | None:
     try:
-        numbers = [float(cell.strip(' "')) for cell in row.split(",")]
+        numbers = list(map(float, row.replace('"', "").split(",")))  # float takes white space away itself
     except ValueError:
         return None
     return numbers if len(numbers) == 5 and all(map(math.isfinite, numbers)) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
-from pipeline.sources.base import Source, SourceScan, printable
+from pipeline.sources.base import Source, SourceScan, some_names
 from pipeline.sources.cvact import CvactSource
 from pipeline.sources.cvusa import CvusaSource
 from pipeline.sources.table import TableSource
@@ -40,8 +40,9 @@ def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: st
         return _scan_table(folder, table, wanted=wanted, split=split)
     found = {name: base for name, source in wanted.items() if (base := source.detect(folder)) is not None}
     if not found:
-        kinds = "; ".join(f"{name}: {source.looks_for}" for name, source in wanted.items())
-        raise DataError(f"{root}: no known layout; looked for {kinds}; found: {_contents(folder)}")
+        raise DataError(
+            f"{root}: no known layout; looked for {_near_misses(folder, wanted)}; found: {some_names(folder)}"
+        )
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
     ((name, base),) = found.items()
@@ -63,7 +64,10 @@ def _scan_table(folder: RawFolder, table: str, *, wanted: Mapping[str, Source], 
     return SOURCES["table"].scan(table, root=folder, split=split)
 
 
-def _contents(root: RawFolder, limit: int = 8) -> str:
-    names = [printable(name) for name in root.names()]
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + rest
+def _near_misses(root: RawFolder, wanted: Mapping[str, Source]) -> str:
+    """Return what each layout is known by and, where something of it is there, what."""
+    parts = []
+    for name, source in wanted.items():
+        near = source.near_miss(root)
+        parts.append(f"{name}: {source.looks_for}" + (f" ({near})" if near else ""))
+    return "; ".join(parts)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import VAL, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan
+from pipeline.sources.base import Row, RowChecker, SourceScan, printable
 
 NAMES = ("pairs.csv", "pairs.parquet")
 REQUIRED = ("key", "ground", "aerial")
@@ -34,6 +34,11 @@ class TableSource:
     def detect(self, root: RawFolder) -> str | None:
         """Return the table file."""
         return next((name for name in NAMES if root.status(name) is not None), None)
+
+    def near_miss(self, root: RawFolder) -> str:
+        """Return a table of another name."""
+        other = next((name for name in root.names() if name.lower().endswith((".csv", ".parquet"))), None)
+        return f"{printable(other)} is there; if it is a table of pairs, name it as the root" if other else ""
 
     def scan(self, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
         """List the table's pairs; `split` names the split of a table without that column."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import TRAIN, VAL
+from pipeline.schema import TEST, TRAIN, VAL
 from pipeline.synthetic.markings import along, length_m
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.streets import bare_street
@@ -63,23 +63,24 @@ class _Apart:
         return True
 
 
-def plan_places(seed: int, *, num_train: int, num_val: int, extent_m: float) -> list[Place]:
+def plan_places(seed: int, *, num_train: int, num_val: int, extent_m: float, num_test: int = 0) -> list[Place]:
     """Return all cameras in an order in which neighbours follow each other.
 
     The train split takes columns of blocks from the west until it is full; val starts where nothing that a train image
-    shows can be seen any more. Ids are shuffled over both, as in CVUSA.
+    shows can be seen any more, and test likewise beyond val. Ids are shuffled over all, as in CVUSA.
 
     Args:
         seed: The town.
         num_train: Places of the train split.
         num_val: Places of the val split.
         extent_m: Width of the aerial images.
+        num_test: Places of the test split.
     """
-    rows = int(np.ceil(np.sqrt((num_train + num_val) / _PLACES_PER_BLOCK)))
+    rows = int(np.ceil(np.sqrt((num_train + num_val + num_test) / _PLACES_PER_BLOCK)))
     margin_m = REACH_M + max(REACH_M, extent_m / 2)
     apart, chosen, border = _Apart(), [], -np.inf
     columns = count()
-    for split, number in ((TRAIN, num_train), (VAL, num_val)):
+    for split, number in ((TRAIN, num_train), (VAL, num_val), (TEST, num_test)):
         found: list[tuple[str, float, float, float]] = []
         while len(found) < number:
             i = next(columns)

@@ -1,12 +1,12 @@
-"""Writes the town in CVUSA's raw layout, over several processes, to be continued where it was stopped.
+"""Writes the town in a raw layout, over several processes, to be continued where it was stopped.
 
-out/bingmap/19/NNNNNNN.jpg, out/streetview/panos/NNNNNNN.jpg
-out/splits/{train,val}-19zl.csv, out/split_locations/all.csv, out/town.json
+Beside the layout's own files (see `lists`) there is `town.json`, which says which town it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,20 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from PIL import Image
 
 from cvft.configuration import require
 from cvft.errors import DataError
-from pipeline.schema import TRAIN, VAL
+from pipeline.schema import TEST, TRAIN, VAL
 from pipeline.synthetic.aerial import render_aerial
 from pipeline.synthetic.canvas import paint, with_cars
-from pipeline.synthetic.geometry import AerialGeometry, LocalPlane, PanoramaGeometry
+from pipeline.synthetic.geometry import AerialGeometry, PanoramaGeometry
 from pipeline.synthetic.light import draw_day
+from pipeline.synthetic.lists import FOLDERS, TownLayout, cvact_lists, cvusa_lists, image_paths
 from pipeline.synthetic.noise import generator
 from pipeline.synthetic.panorama import render_panorama
 from pipeline.synthetic.places import REACH_M, Place, plan_places
@@ -36,8 +39,27 @@ from pipeline.synthetic.town import cars_of_a_day, scene_at
 
 _VERSION = 3  # raise it when the same configuration gives other images
 _CHUNK = 8
-_AERIAL, _GROUND = "bingmap/19", "streetview/panos"
+_PREPARED_PX = ((112, 616), (256, 256))  # ground, aerial
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CvactConfig:
+    """What a town in CVACT's layout has besides.
+
+    Attributes:
+        num_test: Pairs of the test half besides those of val, which it holds once more.
+        num_without_files: Ids that each split's list names besides and that have no images.
+        is_prepared: Write 616x112 and 256x256 PNGs, as users prepare them, instead of JPEGs as rendered.
+    """
+
+    num_test: int = 0
+    num_without_files: int = 0
+    is_prepared: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_test", "num_without_files"):
+            require(getattr(self, name) >= 0, f"cvact.{name}: {getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +67,13 @@ class TownConfig:
     """A town and the images taken of it.
 
     Attributes:
-        num_pairs: Pairs of both splits together; the town grows with it.
+        num_pairs: Pairs of train and val together; the town grows with it.
         seed: Another seed is another town.
         val_fraction: Share of pairs in the val split.
         aerial: Size and extent of the aerial images.
         panorama: Size and camera height of the panoramas.
         jpeg_quality: Quality of both.
+        cvact: Write CVACT's layout; CVUSA's if none.
     """
 
     num_pairs: int
@@ -59,6 +82,7 @@ class TownConfig:
     aerial: AerialGeometry = field(default_factory=AerialGeometry)
     panorama: PanoramaGeometry = field(default_factory=PanoramaGeometry)
     jpeg_quality: int = 90
+    cvact: CvactConfig | None = None
 
     def __post_init__(self) -> None:
         reach = 2 * REACH_M
@@ -68,9 +92,23 @@ class TownConfig:
         require(0 < self.aerial.extent_m <= reach, f"aerial.extent_m: {self.aerial.extent_m} must lie in (0, {reach}]")
 
     @property
+    def layout(self) -> TownLayout:
+        """The raw layout that is written."""
+        return "cvact" if self.cvact else "cvusa"
+
+    @property
     def num_val(self) -> int:
         """Pairs of the val split."""
         return round(self.num_pairs * self.val_fraction)
+
+
+def cvact_town(*, num_pairs: int, seed: int = 0, cvact: CvactConfig) -> TownConfig:
+    """Return a town in CVACT's layout with the sizes of its originals, or what prepared sets are made of."""
+    if cvact.is_prepared:
+        panorama, aerial = PanoramaGeometry(width_px=616, height_px=154), AerialGeometry()
+    else:
+        panorama, aerial = PanoramaGeometry(width_px=1664, height_px=832), AerialGeometry(size_px=1200)
+    return TownConfig(num_pairs=num_pairs, seed=seed, panorama=panorama, aerial=aerial, cvact=cvact)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +144,8 @@ def write_town(
     """
     began = time.monotonic()
     fingerprint = _claim(out, config)
-    num_train, extent_m = config.num_pairs - config.num_val, config.aerial.extent_m
-    places = plan_places(config.seed, num_train=num_train, num_val=config.num_val, extent_m=extent_m)
-    todo = [place for place in places if not all(path.exists() for path in _files(out, place))]
+    places = _plan(config)
+    todo = [place for place in places if not all(path.exists() for path in chain(*_files(out, config, place)))]
     done = len(places) - len(todo)
     if progress:
         progress(done, len(places))
@@ -116,8 +153,12 @@ def write_town(
         done += finished
         if progress:
             progress(done, len(places))
-    _write_lists(out, config, places)
-    counts = {split: sum(place.split == split for place in places) for split in (TRAIN, VAL)}
+    for name, data in _lists(config, places).items():
+        _publish(out / name, data)
+    splits = (TRAIN, VAL, TEST) if config.cvact else (TRAIN, VAL)
+    counts = {split: sum(place.split == split for place in places) for split in splits}
+    if config.cvact:
+        counts[TEST] += counts[VAL]
     seconds = time.monotonic() - began
     return TownSummary(num_pairs=counts, num_written=len(todo), fingerprint=fingerprint, seconds=seconds)
 
@@ -139,22 +180,42 @@ def render_pair(config: TownConfig, place: Place) -> tuple[NDArray[np.uint8], ND
     return ground, aerial
 
 
-def _files(out: Path, place: Place) -> tuple[Path, Path]:
-    name = f"{place.number:07d}.jpg"
-    return out / _GROUND / name, out / _AERIAL / name
+def _plan(config: TownConfig) -> list[Place]:
+    return plan_places(
+        config.seed,
+        num_train=config.num_pairs - config.num_val,
+        num_val=config.num_val,
+        num_test=config.cvact.num_test if config.cvact else 0,
+        extent_m=config.aerial.extent_m,
+    )
+
+
+def _lists(config: TownConfig, places: Sequence[Place]) -> dict[str, bytes]:
+    if config.cvact:
+        return cvact_lists(config.seed, places, num_without_files=config.cvact.num_without_files)
+    return cvusa_lists(config.seed, places)
+
+
+def _files(out: Path, config: TownConfig, place: Place) -> tuple[list[Path], list[Path]]:
+    """Return the files of the panorama and those of the aerial image, which hold the same bytes."""
+    suffix = ".png" if config.cvact and config.cvact.is_prepared else ".jpg"
+    ground, aerial = image_paths(config.layout, place, seed=config.seed, suffix=suffix)
+    return [out / path for path in ground], [out / path for path in aerial]
 
 
 def _claim(out: Path, config: TownConfig) -> str:
     """Say in the folder which town it holds, before any image."""
     told = {"version": _VERSION, **asdict(config)}
+    if config.cvact is None:
+        del told["cvact"]  # so that towns written before there was a choice stay what they are
     text = json.dumps(told, indent=2, sort_keys=True) + "\n"
     path = out / "town.json"
     if path.exists():
         if path.read_text() != text:
             raise DataError(f"{out} holds another town (see {path}); choose another folder or delete this one")
-    elif (out / "bingmap").exists() or (out / "streetview").exists():
+    elif any((out / folder.partition("/")[0]).exists() for folder in FOLDERS[config.layout]):
         raise DataError(f"{out} holds images that are no synthetic town (no town.json); choose another folder")
-    for folder in (_AERIAL, _GROUND, "splits", "split_locations"):
+    for folder in FOLDERS[config.layout]:
         (out / folder).mkdir(parents=True, exist_ok=True)
     _publish(path, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()
@@ -193,23 +254,17 @@ def _one_thread() -> Iterator[None]:
 
 def _render_chunk(out: Path, config: TownConfig, places: Sequence[Place]) -> int:
     for place in places:
-        for path, image in zip(_files(out, place), render_pair(config, place), strict=True):
-            _publish(path, simplejpeg.encode_jpeg(image, quality=config.jpeg_quality, colorspace="RGB"))
+        images = render_pair(config, place)
+        for paths, image, prepared_px in zip(_files(out, config, place), images, _PREPARED_PX, strict=True):
+            data = _encode(config, image, prepared_px=prepared_px)
+            for path in paths:
+                _publish(path, data)
     return len(places)
 
 
-def _write_lists(out: Path, config: TownConfig, places: Sequence[Place]) -> None:
-    """Write the split files and the locations: requested point (some metres off), own position, heading."""
-    numbered = sorted(places)
-    for split in (TRAIN, VAL):
-        rows = [f"{place.number:07d}" for place in places if place.split == split]
-        lines = [f"{_AERIAL}/{row}.jpg,{_GROUND}/{row}.jpg,streetview/annotations/{row}.png\n" for row in rows]
-        _publish(out / "splits" / f"{split}-19zl.csv", "".join(lines).encode())
-    random = generator(config.seed, "requested")
-    own = np.array([(place.east_m, place.north_m) for place in numbered])
-    turn, off = random.uniform(0, 2 * np.pi, len(own)), random.uniform(1.0, 9.0, len(own))
-    asked = own + np.stack([np.sin(turn), np.cos(turn)], axis=1) * off[:, None]
-    plane = LocalPlane()
-    columns = [*plane.to_degrees(*asked.T), *plane.to_degrees(*own.T), [place.heading_deg for place in numbered]]
-    lines = ["{:.8f},{:.8f},{:.8f},{:.8f},{:.6f}\n".format(*row) for row in zip(*columns, strict=True)]
-    _publish(out / "split_locations" / "all.csv", "".join(lines).encode())
+def _encode(config: TownConfig, image: NDArray[np.uint8], *, prepared_px: tuple[int, int]) -> bytes:
+    if not (config.cvact and config.cvact.is_prepared):
+        return bytes(simplejpeg.encode_jpeg(image, quality=config.jpeg_quality, colorspace="RGB"))
+    stream = io.BytesIO()
+    Image.fromarray(cv2.resize(image, prepared_px[::-1], interpolation=cv2.INTER_AREA)).save(stream, "PNG")
+    return stream.getvalue()

@@ -229,7 +229,7 @@ class TestDetect:
 
     def test_wrong_layout_name_lists_the_known_ones(self, tmp_path):
         with pytest.raises(DataError, match="use auto, cvusa, cvact, table"):
-            open_source(tmp_path, layout="vigor")
+            open_source(tmp_path, layout="kitti")
 
     def test_folder_of_two_layouts_has_to_be_told(self, cvusa):
         (cvusa / "pairs.csv").write_text("key,ground,aerial\n")
@@ -237,8 +237,19 @@ class TestDetect:
             open_source(cvusa)
         assert open_source(cvusa, layout="cvusa").layout == "cvusa"
 
-    @pytest.mark.parametrize("layout", ["auto", "cvact"])
-    def test_cvact_is_recognised_and_not_supported_yet(self, layout, tmp_path):
-        (tmp_path / "ANU_data_small").mkdir()
-        with pytest.raises(DataError, match="cvact is not supported yet"):
-            open_source(tmp_path, layout=layout)
+    @pytest.mark.parametrize(
+        ("there", "near_miss"),
+        [
+            ("splits/train.csv", r"cvusa: .*\(splits/ is there but has no \*-19zl\.csv \(it has train\.csv\)\)"),
+            ("CVUSA/bingmap/19/x.jpg", r"\(CVUSA/bingmap/ is there but no splits/\*-19zl\.csv beside it\)"),
+            ("train-19zl.csv", "name the folder above as the root"),
+            ("ANU_data_small/x", r"cvact: .*\(ANU_data_small/ is there but has no satview_polish/"),
+            ("mine.csv", r"table: .*\(mine\.csv is there; if it is a table of pairs, name it as the root\)"),
+        ],
+    )
+    def test_nearest_miss_of_each_layout_is_told(self, there, near_miss, tmp_path):
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).touch()
+        with pytest.raises(DataError, match=near_miss) as caught:
+            open_source(tmp_path)
+        assert "\n" not in str(caught.value)
