@@ -13,7 +13,7 @@ from typing import Any
 from jobs import entry
 from pipeline import validate
 
-LAYOUTS = ("auto", "cvusa", "cvact", "table")
+LAYOUTS = ("auto", "cvusa", "cvact", "vigor", "table")
 _NUM_EXAMPLES = 3
 
 
@@ -23,7 +23,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--root", required=True, help="folder or s3://bucket/prefix of the data set, or a CSV or Parquet table"
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="what it must be; auto finds out")
-    parser.add_argument("--split", help="split of a table that has no split column (default: val)")
+    parser.add_argument(
+        "--split",
+        help="the one split to use (VIGOR: also cross-area); of a table without a split column its name (default: val)",
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ Sources ask for hundreds of thousands of files: locally that is one `os.stat` ea
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from pathlib import Path
 from urllib.parse import unquote
@@ -66,7 +67,7 @@ class RawFolder:
             StoreError: The object store cannot be listed.
         """
         if self._store is not None:
-            return self._listing(self._store).get(path)
+            return self._listing(self._store).get(posixpath.normpath(path))
         try:
             found = os.stat(self._full(path))
         except (OSError, ValueError):  # a ValueError: the name has a null byte
@@ -102,7 +103,7 @@ class RawFolder:
             StoreError: The object cannot be read.
         """
         if self._store is not None:
-            return self._store.read_bytes(path)
+            return self._store.read_bytes(posixpath.normpath(path))
         try:
             with open(self._full(path), "rb") as stream:
                 return stream.read()

@@ -15,6 +15,7 @@ from pipeline.storage import FileStatus
 
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
 MAX_KEY_BYTES = 100 - len(".aerial.jpg")
+_SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 _KEY = re.compile(r"[^./\\\s]+")
 
 
@@ -123,16 +124,18 @@ class RowChecker:
         aerial = self._file(row, "aerial", row.aerial)
         if ground is None or aerial is None:
             return
+        ground_path, ground_status = ground
+        aerial_path, aerial_status = aerial
         if row.location is None:
             self.note("no_location", key=row.key, path=row.listed_in, detail=row.location_trouble)
         self.pairs.append(
             PairSource(
                 key=row.key,
                 split=row.split,
-                ground=row.ground,
-                aerial=row.aerial,
-                ground_status=ground,
-                aerial_status=aerial,
+                ground=ground_path,
+                aerial=aerial_path,
+                ground_status=ground_status,
+                aerial_status=aerial_status,
                 location=row.location,
                 location_id=row.location_id or row.key,
                 metadata=row.metadata,
@@ -166,18 +169,30 @@ class RowChecker:
         self.note(kind, key=row.key, path=row.listed_in, detail=f"key {row.key} {detail}")
         return True
 
-    def _file(self, row: Row, role: str, path: str) -> FileStatus | None:
-        """Return the status of an image's file, or None (and note why) if it cannot be used."""
+    def _file(self, row: Row, role: str, path: str) -> tuple[str, FileStatus] | None:
+        """Return an image's path and status, or None (and note why) if it cannot be used."""
         status = self._root.status(path)
         if status is None:
-            detail = f"listed in {row.listed_in}, no such file{self._missing_hint}"
-            self.note(f"missing_{role}", key=row.key, path=path, detail=detail)
-        elif status.num_bytes == 0:
+            listed, path = path, self._of_other_suffix(path)
+            status = self._root.status(path) if path else None
+            if status is None:
+                detail = f"listed in {row.listed_in}, no such file{self._missing_hint}"
+                self.note(f"missing_{role}", key=row.key, path=listed, detail=detail)
+                return None
+            detail = f"{row.listed_in} names {listed.rpartition('/')[2]}"
+            self.note("other_suffix", key=row.key, path=path, detail=detail)
+        if status.num_bytes == 0:
             self.note("empty_file", key=row.key, path=path, detail="zero bytes")
             return None
-        elif not _is_utf8(path):
+        if not _is_utf8(path):
             self.note("non_utf8_name", key=row.key, path=path, detail="the name is not UTF-8")
-        return status
+        return path, status
+
+    def _of_other_suffix(self, path: str) -> str:
+        """Return the file that is there under the same name with another suffix, or an empty string."""
+        stem, dot, _ = path.rpartition(".")
+        candidates = (stem + suffix for suffix in _SUFFIXES if dot)
+        return next((candidate for candidate in candidates if self._root.status(candidate) is not None), "")
 
 
 def key_trouble(key: str) -> str:

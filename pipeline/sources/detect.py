@@ -11,8 +11,14 @@ from pipeline.sources.base import Source, SourceScan, some_names
 from pipeline.sources.cvact import CvactSource
 from pipeline.sources.cvusa import CvusaSource
 from pipeline.sources.table import TableSource
+from pipeline.sources.vigor import VigorSource
 
-SOURCES: dict[str, Source] = {"cvusa": CvusaSource(), "cvact": CvactSource(), "table": TableSource()}
+SOURCES: dict[str, Source] = {
+    "cvusa": CvusaSource(),
+    "cvact": CvactSource(),
+    "vigor": VigorSource(),
+    "table": TableSource(),
+}
 
 
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -24,7 +30,8 @@ def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: st
     Args:
         root: Folder of the dataset (or the table file), a local path or an `s3://` URI.
         layout: One of `SOURCES`, or `auto` to find out.
-        split: Name of the split for a table that has no split column; for other layouts, the one split to list.
+        split: Name of the split for a table that has no split column; for other layouts, the one split to list (VIGOR
+            also knows `cross-area`, its other protocol).
 
     Raises:
         DataError: There is no such folder, it is of no known layout, of several, or of another than told.

@@ -130,6 +130,11 @@ _KINDS = (
         "Remove the one that is not meant.",
     ),
     _kind(
+        "other_suffix",
+        "The list names the file with another suffix (`.jpg` for `.JPG` or `.png`): the one that is there is used.",
+        "Nothing must be done.",
+    ),
+    _kind(
         "reference_only",
         "No panorama is paired with this aerial image: it is left out, which makes retrieval easier than published.",
         "Name the protocol when you report recall.",

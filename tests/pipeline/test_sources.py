@@ -228,7 +228,7 @@ class TestDetect:
             open_source(tmp_path / "nowhere")
 
     def test_wrong_layout_name_lists_the_known_ones(self, tmp_path):
-        with pytest.raises(DataError, match="use auto, cvusa, cvact, table"):
+        with pytest.raises(DataError, match="use auto, cvusa, cvact, vigor, table"):
             open_source(tmp_path, layout="kitti")
 
     def test_folder_of_two_layouts_has_to_be_told(self, cvusa):
