@@ -25,9 +25,12 @@ from jobs import entry, evaluate
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, load
 from jobs.report import write_report
+from jobs.shard import ShardingProgress
 from jobs.train import register, train
-from pipeline.build import build_shards
+from pipeline.build import BuildOptions, build_shards
 from pipeline.evaluation import evaluate_checkpoint
+from pipeline.plan import Cut
+from pipeline.ray_tasks import OnRay
 from pipeline.synthetic.write import TownConfig, write_town
 from pipeline.tracking.runs import Run
 
@@ -126,7 +129,8 @@ def _synthesize(out: Path, town: TownConfig) -> Result:
 
 
 def _shard(out: Path) -> Result:
-    made = build_shards(out / "town", str(out / "shards"), pairs_per_shard=200, progress=entry.Progress("sharding"))
+    options = BuildOptions(cut=Cut(pairs_per_shard=200))
+    made = build_shards(out / "town", str(out / "shards"), options, runner=OnRay(), progress=ShardingProgress())
     return {"manifest": made.manifest, "digest": made.digest, "files": [made.manifest]}
 
 

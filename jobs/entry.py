@@ -128,17 +128,23 @@ class Progress:
         self._started = time.monotonic()
         self._printed = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` are finished."""
+    @property
+    def seconds(self) -> float:
+        """Time since the beginning."""
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def __call__(self, done: int, total: int, *, before: int = 0, details: str = "") -> None:
+        """Tell that `done` of `total` are finished, `before` of them already at the beginning."""
         now = time.monotonic()
         is_terminal = sys.stderr.isatty()
         interval_s = 0.2 if is_terminal else LINE_INTERVAL_S
         if done < total and now - self._printed < interval_s:
             return
         self._printed = now
-        rate = done / max(now - self._started, 1e-9)
-        left_s = (total - done) / rate if rate else 0.0
-        line = f"{self._what}: {done:,}/{total:,} {self._unit}, {rate:,.1f}/s, {left_s:,.0f} s left"
+        rate = (done - before) / self.seconds
+        left = f"{(total - done) / rate if rate else 0:,.0f} s left" if rate or done >= total else "time left unknown"
+        line = f"{self._what}: {done:,}/{total:,} {self._unit}, {rate:,.1f}/s, {left}"
+        line += f", {details}" if details else ""
         if is_terminal:
             sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if done >= total else ""))
             sys.stderr.flush()

@@ -83,7 +83,7 @@ def check_image(
     except TooLargeError as error:
         return None, {"too_large": str(error)}
     except DataError as error:
-        return None, {_damage_kind(data): str(error)}
+        return None, {damage_kind(data): str(error)}
     kinds = {}
     if info.kind == "png" and path.lower().endswith(_JPEG_SUFFIXES):
         kinds["not_jpeg"] = "a PNG by its content"
@@ -137,7 +137,8 @@ def _used_rows(pair: PairSource, info: ImageInfo, rules: ImageRules) -> tuple[in
     return pair.ground_rows_px or rules.ground_rows_px.get((info.height_px, info.width_px))
 
 
-def _damage_kind(data: bytes) -> str:
+def damage_kind(data: bytes) -> str:
+    """Return what kind of damage it is that keeps these bytes from being an image."""
     if not data:
         return "empty_file"
     # A download that broke off lacks the end marker; some tools fill the rest with zeros.

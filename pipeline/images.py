@@ -145,8 +145,11 @@ def thumbnail(data: Buffer, max_px: int) -> Pixels:
 
 
 def encode_jpeg(pixels: Pixels, *, quality: int = 85) -> bytes:
-    """Encode uint8 [H, W, 3] RGB as a JPEG."""
-    return cast(bytes, simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorspace="RGB"))
+    """Encode uint8 [H, W, 3] RGB as a JPEG without chroma subsampling."""
+    return cast(
+        bytes,
+        simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="444"),
+    )
 
 
 def _halving(info: ImageInfo, wanted: tuple[int, ...], rows_px: Rows) -> int:

@@ -35,6 +35,8 @@ _DIGEST_CHARACTERS = 16
 _METADATA_KEY = b"cvft"
 _DEGREES = ("latitude_deg", "longitude_deg")
 _PLANE = ("easting_m", "northing_m")
+# NaN never occurs (unknown is null), and repr of a float is the same everywhere.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 _LOGGER = logging.getLogger(__name__)
 
 _IMAGE_FIELDS = [
@@ -177,7 +179,7 @@ class Manifest:
     @property
     def uri(self) -> str:
         """Where the manifest is once published."""
-        return Store.from_uri(self.store_uri).uri(self._path)
+        return Store.from_uri(self.store_uri).uri(self.path)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -195,7 +197,7 @@ class Manifest:
         metadata = {_METADATA_KEY: canonical_json(self._metadata()).encode()}
         stream = io.BytesIO()
         pq.write_table(self.pairs.replace_schema_metadata(metadata), stream, compression="zstd")
-        if not Store.from_uri(self.store_uri).create_bytes(self._path, stream.getvalue()):
+        if not Store.from_uri(self.store_uri).create_bytes(self.path, stream.getvalue()):
             Manifest.load(self.uri)
         return self.uri
 
@@ -225,7 +227,8 @@ class Manifest:
         return geocentric_m(*_columns(here, *_DEGREES).T)
 
     @property
-    def _path(self) -> str:
+    def path(self) -> str:
+        """Where the manifest is within its store, once published."""
         return f"{_FOLDER}/{self.digest[:_DIGEST_CHARACTERS]}.parquet"
 
     def _metadata(self) -> dict[str, Any]:
@@ -253,8 +256,7 @@ def pair_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def canonical_json(content: Any) -> str:
     """Return plain data as the one JSON text that equal content always has."""
-    # NaN never occurs (unknown is null), and repr of a float is the same everywhere.
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _CANONICAL.encode(content)
 
 
 def _column_bytes(column: pa.ChunkedArray) -> bytes:

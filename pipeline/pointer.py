@@ -44,10 +44,41 @@ def read_pointer(store: Store) -> Pointer | None:
         ShardError: It is damaged.
         StoreError: It cannot be read.
     """
-    return decode_pointer(store.read_bytes(POINTER_FILE), store) if store.exists(POINTER_FILE) else None
+    return read_versioned_pointer(store)[0]
 
 
-def decode_pointer(data: bytes, store: Store) -> Pointer:
+def read_versioned_pointer(store: Store) -> tuple[Pointer, str] | tuple[None, None]:
+    """Return the pointer and its version, as `move_pointer` takes it; twice None if there is no pointer.
+
+    Raises:
+        ShardError: It is damaged.
+        StoreError: It cannot be read.
+    """
+    found = store.read_versioned(POINTER_FILE)
+    return (None, None) if found is None else (_decode(found[0], store), found[1])
+
+
+def move_pointer(store: Store, pointer: Pointer, version: str | None) -> Pointer:
+    """Move the pointer if it is still of that version; return what it says afterwards, one's own or the winner's.
+
+    Args:
+        store: The dataset's store.
+        pointer: What it shall say.
+        version: The version that it was read at; None if there was none.
+
+    Raises:
+        ShardError: The winner's is damaged.
+        StoreError: The store cannot be read or written.
+    """
+    if store.replace_bytes(POINTER_FILE, pointer.encode(), version):
+        return pointer
+    winner, _ = read_versioned_pointer(store)
+    if winner is None:
+        raise ShardError(f"{store.uri(POINTER_FILE)}: was deleted while a job ran; shard again")
+    return winner
+
+
+def _decode(data: bytes, store: Store) -> Pointer:
     """Return what a pointer file's content says.
 
     Raises:

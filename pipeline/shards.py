@@ -1,31 +1,39 @@
-"""Writing one shard: a USTAR tar that any webdataset reads, with the images' original bytes; equal input, equal bytes.
+"""Writing one shard: a USTAR tar that any webdataset reads; equal input, equal bytes.
 
 A pair is three adjacent members, `<key>.ground.jpg`, `<key>.aerial.jpg` and `<key>.json` (a PNG keeps its bytes and
 gets `.png`), so that one range read fetches a pair. Times and owners are 0. The images' offsets become the manifest.
+Pairs are read, written and forgotten one after the other: memory does not grow with a shard.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import xxhash
 from blake3 import blake3
 
-from cvft.errors import ShardError
-from pipeline.checks import ROLES, LoadedImage, load_pair
-from pipeline.manifest import ShardInfo
+from cvft.errors import DataError, ShardError
+from pipeline.checks import ROLES, LoadedImage, damage_kind, load_pair
+from pipeline.images import ImageInfo, decode, encode_jpeg
+from pipeline.manifest import PAIR_SCHEMA, ShardInfo, canonical_json
+from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, PairSource
-from pipeline.sources.base import Problem
+from pipeline.sources.base import Problem, printable
 from pipeline.storage import Store
+from pipeline.tar_writer import TarWriter
 
 # Part of every plan's fingerprint: raise it when the bytes of a shard change for the same input.
 FORMAT_VERSION = 2
+
+Row = dict[str, Any]
+_COLUMNS = [name for name in PAIR_SCHEMA.names if name != "shard"]
+_SOURCE_HASHES = tuple(f"{role}_source_xxh3_128" for role in ROLES)
+_PLACE = ("latitude_deg", "longitude_deg", "heading_deg", "easting_m", "northing_m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +42,10 @@ class ShardSpec:
 
     Attributes:
         name: Path of the tar within the store.
-        root: Root of the raw dataset.
+        root: Root of the raw dataset, which the pairs' files are relative to.
         pairs: The pairs, in order.
         rules: What the layout says about its images.
+        profile: What the shard's images are to be.
         check_images: Whether each image is decoded before it is written.
     """
 
@@ -44,6 +53,7 @@ class ShardSpec:
     root: RawFolder
     pairs: Sequence[PairSource]
     rules: ImageRules = field(default_factory=ImageRules)
+    profile: ShardProfile = ORIGINAL
     check_images: bool = True
 
     @property
@@ -52,11 +62,12 @@ class ShardSpec:
         return f"{self.name.removesuffix('.tar')}.json"
 
     def fingerprint(self) -> str:
-        """Return a digest of the spec and the scanned files' states; a finished shard with another one is redone."""
-        content = hashlib.sha256(f"{FORMAT_VERSION} {self.check_images}\n".encode())
+        """Return a digest of the spec and the files' sizes and stamps; a finished shard with another one is redone."""
+        content = blake3(canonical_json([FORMAT_VERSION, self.profile.plain()]).encode())
         for pair in self.pairs:
-            stamps = [(status.num_bytes, status.stamp) for status in (pair.ground_status, pair.aerial_status)]
-            content.update(f"{pair.split} {_pair_json(pair).decode()} {stamps}\n".encode())
+            ground, aerial = pair.ground_status, pair.aerial_status
+            stamps = f"{ground.num_bytes} {ground.stamp} {aerial.num_bytes} {aerial.stamp}"
+            content.update(f"{pair.split} {pair_json(pair)} {stamps}\n".encode())
         return content.hexdigest()
 
 
@@ -67,13 +78,15 @@ class ShardEntry:
     Attributes:
         info: Name, bytes, digest and number of pairs.
         fingerprint: Of the spec it was written from.
-        rows: The manifest's rows of its pairs, without the column `shard`.
+        is_checked: Whether every image was decoded before it was written.
+        columns: The manifest's columns of its pairs, without the column `shard`.
         problems: What was wrong with its images; unusable pairs were left out.
     """
 
     info: ShardInfo
     fingerprint: str
-    rows: list[dict[str, Any]]
+    is_checked: bool
+    columns: dict[str, list[Any]]
     problems: list[Problem]
 
 
@@ -83,22 +96,33 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
     Pairs whose images cannot be used are left out and listed in the entry's problems.
 
     Raises:
-        StoreError: The store cannot be written, or the raw data's store not be read.
+        StoreError: The store cannot be written, or raw data in a store not be read.
     """
-    fingerprint = spec.fingerprint()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     problems: list[Problem] = []
     with store.open_output(spec.name) as stream:
-        tar = TarStream(stream)
+        tar = TarWriter(stream)
         for pair in spec.pairs:
             images, found = load_pair(pair, spec.root, rules=spec.rules, check_images=spec.check_images)
-            problems.extend(found)
-            if len(images) == len(ROLES):
-                rows.append(_write_pair(tar, pair, images))
+            members = images if spec.profile == ORIGINAL else _derive(pair, images, spec.profile, found)
+            problems += found
+            if len(members) == len(ROLES):
+                rows.append(_add_pair(tar, pair, members, spec.profile))
+                if members is not images:
+                    rows[-1] |= dict(zip(_SOURCE_HASHES, original_hashes(images), strict=True))
+                tar.flush()
         tar.finish()
-    info = ShardInfo(name=spec.name, num_bytes=tar.position, blake3=tar.blake3(), num_pairs=len(rows))
-    entry = ShardEntry(info=info, fingerprint=fingerprint, rows=rows, problems=problems)
-    store.write_bytes(spec.sidecar, json.dumps(asdict(entry), sort_keys=True).encode())
+    num_pairs = len(rows)
+    columns = {name: [row.get(name) for row in rows] for name in _COLUMNS}
+    entry = ShardEntry(
+        info=ShardInfo(name=spec.name, num_bytes=tar.position, blake3=tar.blake3(), num_pairs=num_pairs),
+        fingerprint=spec.fingerprint(),
+        is_checked=spec.check_images,
+        columns=columns,
+        problems=problems,
+    )
+    content = {**vars(entry), "info": asdict(entry.info), "problems": [asdict(problem) for problem in problems]}
+    store.write_bytes(spec.sidecar, canonical_json(content).encode())
     return entry
 
 
@@ -112,10 +136,15 @@ def read_entry(store: Store, sidecar: str) -> ShardEntry:
     data = store.read_bytes(sidecar)
     try:
         content = json.loads(data)
+        info = ShardInfo(**content["info"])
+        columns = {name: content["columns"][name] for name in _COLUMNS}
+        if any(len(values) != info.num_pairs for values in columns.values()):
+            raise ValueError("columns of unequal lengths")  # noqa: TRY301 (one kind of damage among others)
         return ShardEntry(
-            info=ShardInfo(**content["info"]),
+            info=info,
             fingerprint=content["fingerprint"],
-            rows=content["rows"],
+            is_checked=content["is_checked"],
+            columns=columns,
             problems=[Problem(**problem) for problem in content["problems"]],
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -123,61 +152,65 @@ def read_entry(store: Store, sidecar: str) -> ShardEntry:
         raise ShardError(f"{store.uri(sidecar)}: is damaged ({reason}); delete it and shard again") from None
 
 
-class TarStream:
-    """Writes a reproducible USTAR tar to a stream and knows where each member's bytes begin."""
-
-    def __init__(self, stream: Any) -> None:
-        self.position = 0
-        self._stream = stream
-        self._blake3 = blake3()
-
-    def add(self, name: str, data: bytes) -> int:
-        """Write one member; return the offset of its first byte."""
-        header = tarfile.TarInfo(name)  # its defaults are mtime 0, owner 0, mode 644
-        header.size = len(data)
-        self._write(header.tobuf(format=tarfile.USTAR_FORMAT, encoding="utf-8"))
-        offset = self.position
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
-
-    def finish(self) -> None:
-        """Write the end: two empty blocks, filled up to a whole record."""
-        end = self.position + 2 * tarfile.BLOCKSIZE
-        self._write(bytes(end - self.position + -end % tarfile.RECORDSIZE))
-
-    def blake3(self) -> str:
-        """Return the digest of everything written."""
-        return self._blake3.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._blake3.update(data)
-        self.position += len(data)
-
-
-def _write_pair(tar: TarStream, pair: PairSource, images: Mapping[str, LoadedImage]) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": pair.key, "location_id": pair.location_id, "split": pair.split}
-    for role in ROLES:
-        data, info = images[role].data, images[role].info
-        row[f"{role}_offset"] = tar.add(f"{pair.key}.{role}.{info.kind}", data)
-        row[f"{role}_bytes"] = len(data)
-        row[f"{role}_xxh3_128"] = xxhash.xxh3_128_hexdigest(data)
-        row[f"{role}_height_px"] = info.height_px
-        row[f"{role}_width_px"] = info.width_px
-    tar.add(f"{pair.key}.json", _pair_json(pair))
-    return row | _location_columns(pair)
-
-
-def _location_columns(pair: PairSource) -> dict[str, float | None]:
+def pair_facts(pair: PairSource) -> Row:
+    """Return the manifest's columns that say what a pair is, whatever its images."""
     place = pair.location
     return {
-        "latitude_deg": place.latitude_deg if place else None,
-        "longitude_deg": place.longitude_deg if place else None,
-        "heading_deg": place.heading_deg if place else None,
+        "location_id": pair.location_id,
+        "split": pair.split,
+        **({name: getattr(place, name) for name in _PLACE} if place else dict.fromkeys(_PLACE)),
+        "metadata": canonical_json(pair.metadata) if pair.metadata else None,
     }
 
 
-def _pair_json(pair: PairSource) -> bytes:
-    content = {"key": pair.key, "location_id": pair.location_id, "split": pair.split, **_location_columns(pair)}
-    return json.dumps(content, sort_keys=True).encode()
+def pair_json(pair: PairSource, profile: ShardProfile = ORIGINAL) -> str:
+    """Return a pair's JSON member: what is known of it, and how its images were made where they are not originals."""
+    facts = {name: value for name, value in pair_facts(pair).items() if value is not None}
+    facts |= {"key": pair.key} | ({"metadata": pair.metadata} if pair.metadata else {})
+    if pair.ground_rows_px is not None and profile == ORIGINAL:
+        facts["ground_rows_px"] = pair.ground_rows_px
+    return canonical_json(facts if profile == ORIGINAL else facts | {"profile": profile.plain()})
+
+
+def original_hashes(images: Mapping[str, LoadedImage]) -> tuple[str, ...]:
+    """Return xxh3_128 of the raw files of a pair, ground first."""
+    return tuple(xxhash.xxh3_128_hexdigest(images[role].data) for role in ROLES)
+
+
+def _add_pair(tar: TarWriter, pair: PairSource, images: Mapping[str, LoadedImage], profile: ShardProfile) -> Row:
+    """Add a pair's members and return its row."""
+    row = pair_facts(pair)
+    row["key"] = key = pair.key
+    for role in ROLES:
+        image = images[role]
+        row[f"{role}_offset"] = tar.add(f"{key}.{role}.{image.info.kind}", image.data)
+        row[f"{role}_bytes"] = len(image.data)
+        row[f"{role}_xxh3_128"] = xxhash.xxh3_128_hexdigest(image.data)
+        row[f"{role}_height_px"] = image.info.height_px
+        row[f"{role}_width_px"] = image.info.width_px
+    if rows_px := images["ground"].rows_px:
+        row["ground_first_row_px"], row["ground_stop_row_px"] = rows_px
+    tar.add(f"{key}.json", pair_json(pair, profile).encode())
+    return row
+
+
+def _derive(
+    pair: PairSource, images: Mapping[str, LoadedImage], profile: ShardProfile, problems: list[Problem]
+) -> dict[str, LoadedImage]:
+    """Return a pair's images at their input sizes, used rows only, as JPEGs; what is damaged becomes a problem."""
+    derived = {}
+    sizes_px = {"ground": profile.ground_size_px, "aerial": profile.aerial_size_px}
+    for role, image in images.items():
+        size_px = sizes_px[role]
+        assert size_px is not None
+        assert profile.jpeg_quality is not None
+        pixels = np.empty((*size_px, 3), dtype=np.uint8)
+        try:
+            decode(image.data, pixels, profile="exact", rows_px=image.rows_px)
+        except DataError as error:
+            path = printable(getattr(pair, role))
+            problems.append(Problem(kind=damage_kind(image.data), key=pair.key, path=path, detail=str(error)))
+            continue
+        info = ImageInfo(kind="jpg", height_px=size_px[0], width_px=size_px[1], colorspace="YCbCr")
+        derived[role] = LoadedImage(encode_jpeg(pixels, quality=profile.jpeg_quality), info)
+    return derived

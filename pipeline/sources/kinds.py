@@ -169,6 +169,11 @@ _KINDS = (
         "A training pair was taken at the same place in the same direction: its answer can be remembered.",
         "Report recall on the de-leaked queries as well (`evaluate` does), or exclude them (`--fix-leaks`).",
     ),
+    _kind(
+        "excluded_by_list",
+        "The exclusion list given to `shard` names the pair: it is left out, and the manifest says so.",
+        "Nothing; take it off the list to have it back.",
+    ),
 )
 
 KINDS = {kind.name: kind for kind in _KINDS}

@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 
 from jobs.config import load
-from pipeline.manifest import Manifest
-from pipeline.shards import write_shard
-from pipeline.sources.detect import open_source
-from pipeline.storage import Store
 from pipeline.synthetic.write import TownConfig, write_town
 
 TINY = [
@@ -37,17 +33,12 @@ def make_manifest(tmp_path_factory) -> Callable[[Path], str]:
     """Shards of a raw dataset, written without Ray by the functions that Ray's tasks call."""
 
     def make(root: Path) -> str:
-        from pipeline.build import assemble_manifest, plan_fingerprint, plan_shards  # noqa: PLC0415 (imports ray)
+        from pipeline.build import BuildOptions, build_shards  # noqa: PLC0415 (imports ray)
+        from pipeline.plan import Cut  # noqa: PLC0415
+        from pipeline.ray_tasks import Here  # noqa: PLC0415
 
-        store = Store.from_uri(tmp_path_factory.mktemp("store"))
-        scan = open_source(root)
-        plan = plan_fingerprint(scan.pairs, pairs_per_shard=8, seed=0)
-        entries = [
-            write_shard(spec, store) for spec in plan_shards(scan, plan, pairs_per_shard=8, seed=0, check_images=True)
-        ]
-        manifest = assemble_manifest(entries, scan.problems, layout=scan.layout, plan=plan, store_uri=store.uri())
-        assert isinstance(manifest, Manifest)
-        return manifest.publish()
+        options = BuildOptions(cut=Cut(pairs_per_shard=8))
+        return build_shards(root, str(tmp_path_factory.mktemp("store")), options, runner=Here()).manifest
 
     return make
 

@@ -162,14 +162,16 @@ def test_shard_started_again_writes_nothing_and_names_the_same_manifest(ray_clus
     assert Path(made["manifest"]).is_file()
     monkeypatch.chdir(town.parent)
     again = _succeed(shard.JOB, "--root", town.name, *where)
-    assert again == {**made, "shards_written": 0, "seconds": again["seconds"]}
+    changes = {"kept": 16, "new": 0, "rewritten": 0, "dropped": 0}
+    assert again == {**made, "shards_written": 0, "changes": changes, "seconds": again["seconds"]}
 
 
 @pytest.mark.ray
 def test_shard_refuses_an_unusable_pair_or_leaves_it_out_when_told(ray_cluster, damaged, tmp_path, capfd, caplog):
     where = ["--root", damaged, "--store", tmp_path / "store"]
     _refuse(shard.JOB, capfd, *where, saying=["--skip-unusable"])
-    assert not list((tmp_path / "store").rglob("*.parquet"))
+    assert not (tmp_path / "store/dataset.json").exists()
+    assert not (tmp_path / "store/manifests").exists()
     made = _succeed(shard.JOB, *where, "--skip-unusable")
     assert (made["pairs"], made["left_out"], made["problems"]) == (15, 1, {"truncated": 1})
     assert _an_image(damaged).name in caplog.text

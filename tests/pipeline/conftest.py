@@ -10,12 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.build import assemble_manifest, plan_fingerprint, plan_shards
+from pipeline.build import BuildOptions, build_shards
 from pipeline.images import encode_jpeg
 from pipeline.manifest import Manifest
-from pipeline.shards import write_shard
-from pipeline.sources.detect import open_source
-from pipeline.storage import Store
+from pipeline.plan import Cut
+from pipeline.ray_tasks import Here
 
 GROUND_PX = (56, 308)  # a quarter of CVUSA's sides
 AERIAL_PX = (187, 187)
@@ -54,14 +53,10 @@ def shard_here(
     root: Path, store_uri: str, *, pairs_per_shard: int = 4, seed: int = 0, check_images: bool = True
 ) -> Manifest:
     """Shard without Ray: the same plan, the same shards, the same manifest."""
-    scan = open_source(root)
-    store = Store.from_uri(store_uri)
-    plan = plan_fingerprint(scan.pairs, pairs_per_shard=pairs_per_shard, seed=seed)
-    specs = plan_shards(scan, plan, pairs_per_shard=pairs_per_shard, seed=seed, check_images=check_images)
-    entries = [write_shard(spec, store) for spec in specs]
-    manifest = assemble_manifest(entries, list(scan.problems), layout=scan.layout, plan=plan, store_uri=store.uri())
-    manifest.publish()
-    return manifest
+    cut = Cut(pairs_per_shard=pairs_per_shard, seed=seed)
+    return Manifest.load(
+        build_shards(root, store_uri, BuildOptions(cut=cut, check_images=check_images), runner=Here()).manifest
+    )
 
 
 @pytest.fixture

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
 import tarfile
 from pathlib import Path
 
+import cv2
 import pytest
+import simplejpeg
 import webdataset as wds
+import xxhash
 from blake3 import blake3
 from PIL import Image
 
 from cvft.errors import ShardError
-from pipeline.build import plan_fingerprint, plan_shards
 from pipeline.manifest import ShardInfo
+from pipeline.plan import Cut, make_plan
+from pipeline.profile import preresized
 from pipeline.shards import ShardSpec, read_entry, write_shard
 from pipeline.sources.detect import open_source
 from pipeline.storage import Store
 
 
 def specs_of(root: Path, **options: int) -> list[ShardSpec]:
-    options = {"pairs_per_shard": 100, "seed": 0} | options
-    scan = open_source(root)
-    return plan_shards(scan, plan_fingerprint(scan.pairs, **options), check_images=True, **options)
+    cut = Cut(**({"pairs_per_shard": 100} | options))
+    return list(make_plan(open_source(root), cut, check_images=True).specs)
 
 
 @pytest.fixture
@@ -65,14 +69,15 @@ def test_same_input_gives_the_same_bytes_wherever_and_whenever(make_cvusa, store
         os.utime(path, (1, 1))
     second = [write_shard(spec, Store.from_uri(tmp_path / "other")) for spec in specs_of(other)]
     assert [entry.info for entry in first] == [entry.info for entry in second]
-    assert [entry.rows for entry in first] == [entry.rows for entry in second]
+    assert [entry.columns for entry in first] == [entry.columns for entry in second]
 
 
 def test_offsets_and_digests_lead_to_the_original_bytes(cvusa, store):
     spec = specs_of(cvusa)[0]
     entry = write_shard(spec, store)
     content = store.read_bytes(spec.name)
-    for pair, row in zip(spec.pairs, entry.rows, strict=True):
+    for number, pair in enumerate(spec.pairs):
+        row = {name: values[number] for name, values in entry.columns.items()}
         for role, path in (("ground", pair.ground), ("aerial", pair.aerial)):
             start = row[f"{role}_offset"]
             assert content[start : start + row[f"{role}_bytes"]] == (cvusa / path).read_bytes()
@@ -115,7 +120,7 @@ def test_png_keeps_its_bytes_and_gets_its_own_ending(cvusa, store):
 def test_unusable_pair_is_left_out_and_named(cvusa, store):
     (cvusa / "bingmap/19/0000003.jpg").write_bytes((cvusa / "bingmap/19/0000003.jpg").read_bytes()[:-100])
     entry = write_shard(specs_of(cvusa)[0], store)
-    assert "0000003" not in {row["key"] for row in entry.rows}
+    assert "0000003" not in entry.columns["key"]
     assert entry.info.num_pairs == 10
     (problem,) = (problem for problem in entry.problems if problem.is_unusable)
     assert (problem.kind, problem.key, problem.path) == ("truncated", "0000003", "bingmap/19/0000003.jpg")
@@ -145,31 +150,72 @@ def test_longest_key_fits_into_a_ustar_name(tmp_path, store, make_jpeg, make_tab
         assert tar.getnames()[1] == f"{key}.aerial.jpg"
 
 
-class TestPlan:
-    def test_every_pair_is_in_one_shard_of_its_split(self, cvusa):
-        specs = specs_of(cvusa, pairs_per_shard=4)
-        assert [len(spec.pairs) for spec in specs] == [4, 4, 3, 4, 1]
-        assert [spec.name.rpartition("/")[2] for spec in specs] == [
-            "train-00000.tar",
-            "train-00001.tar",
-            "train-00002.tar",
-            "val-00000.tar",
-            "val-00001.tar",
-        ]
-        keys = sorted(pair.key for spec in specs for pair in spec.pairs)
-        assert keys == sorted(pair.key for pair in open_source(cvusa).pairs)
+class TestPreresized:
+    PROFILE = preresized((14, 77), (16, 16))
 
-    def test_pairs_are_mixed_by_the_seed_and_not_by_the_lists_order(self, cvusa):
-        before = specs_of(cvusa)
-        path = cvusa / "splits/train-19zl.csv"
-        path.write_text("\n".join(reversed(path.read_text().splitlines())))
-        assert [spec.pairs for spec in specs_of(cvusa)] == [spec.pairs for spec in before]
-        keys = [pair.key for pair in before[0].pairs]
-        assert keys != sorted(keys)
-        assert keys != [pair.key for pair in specs_of(cvusa, seed=1)[0].pairs]
+    @pytest.fixture
+    def spec(self, cvusa) -> ShardSpec:
+        return make_plan(open_source(cvusa), Cut(pairs_per_shard=100, profile=self.PROFILE), check_images=True).specs[0]
 
-    def test_other_plans_get_other_folders(self, cvusa):
-        names = {specs_of(cvusa, **options)[0].name for options in ({}, {"seed": 1}, {"pairs_per_shard": 9})}
-        assert len(names) == 3
-        (cvusa / "bingmap/19/0000001.jpg").write_bytes(b"changed")
-        assert specs_of(cvusa)[0].name not in names
+    def row(self, entry, number: int) -> dict[str, object]:
+        return {name: values[number] for name, values in entry.columns.items()}
+
+    def test_images_are_what_the_exact_decoder_gives_at_quality_95_without_subsampling(self, cvusa, spec, store):
+        entry = write_shard(spec, store)
+        content = store.read_bytes(spec.name)
+        row = self.row(entry, 3)
+        pixels = cv2.resize(
+            cv2.cvtColor(cv2.imread(str(cvusa / spec.pairs[3].ground)), cv2.COLOR_BGR2RGB),
+            (77, 14),
+            interpolation=cv2.INTER_AREA,
+        )
+        start = row["ground_offset"]
+        data = content[start : start + row["ground_bytes"]]
+        assert data == simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
+        assert (row["ground_height_px"], row["ground_width_px"]) == (14, 77)
+        assert row["ground_xxh3_128"] == xxhash.xxh3_128_hexdigest(data)
+        assert simplejpeg.decode_jpeg_header(data)[3] == "444"
+
+    def test_hashes_of_the_originals_are_kept_and_the_json_says_what_was_done(self, cvusa, spec, store):
+        row = self.row(write_shard(spec, store), 0)
+        for role in ("ground", "aerial"):
+            original = (cvusa / getattr(spec.pairs[0], role)).read_bytes()
+            assert row[f"{role}_source_xxh3_128"] == xxhash.xxh3_128_hexdigest(original)
+        with tarfile.open(store.local_path(spec.name)) as tar:
+            content = json.loads(tar.extractfile(f"{spec.pairs[0].key}.json").read())
+        assert content["profile"] == self.PROFILE.plain()
+
+    def test_used_rows_are_cut_out_once_and_for_all(self, cvusa, spec, store):
+        whole = self.row(write_shard(spec, store), 0)
+        pair = dataclasses.replace(spec.pairs[0], ground_rows_px=(14, 42))
+        cropped = self.row(write_shard(dataclasses.replace(spec, pairs=[pair]), store), 0)
+        pixels = cv2.cvtColor(cv2.imread(str(cvusa / pair.ground)), cv2.COLOR_BGR2RGB)[14:42]
+        expected = cv2.resize(pixels, (77, 14), interpolation=cv2.INTER_AREA)
+        encoded = simplejpeg.encode_jpeg(expected, quality=95, colorsubsampling="444")
+        assert cropped["ground_xxh3_128"] == xxhash.xxh3_128_hexdigest(encoded) != whole["ground_xxh3_128"]
+        assert cropped["ground_first_row_px"] is None
+
+    def test_same_files_give_the_same_bytes(self, spec, store):
+        assert write_shard(spec, store) == write_shard(spec, store)
+
+    def test_damaged_image_is_left_out_without_the_check_as_well(self, cvusa, spec, store):
+        path = cvusa / spec.pairs[2].aerial
+        path.write_bytes(path.read_bytes()[:-300])
+        entry = write_shard(dataclasses.replace(spec, check_images=False), store)
+        assert spec.pairs[2].key not in entry.columns["key"]
+        (problem,) = (problem for problem in entry.problems if problem.is_unusable)
+        assert (problem.kind, problem.key, problem.path) == ("truncated", spec.pairs[2].key, spec.pairs[2].aerial)
+
+
+def test_used_rows_and_metadata_stand_in_the_row_and_in_the_json(cvusa, store):
+    (spec, _) = specs_of(cvusa)
+    metadata = {"offset_px": [1.5, -2], "name": "ä"}
+    pair = dataclasses.replace(spec.pairs[0], ground_rows_px=(10, 20), metadata=metadata)
+    entry = write_shard(dataclasses.replace(spec, pairs=[pair]), store)
+    columns = {name: values[0] for name, values in entry.columns.items()}
+    assert (columns["ground_first_row_px"], columns["ground_stop_row_px"]) == (10, 20)
+    assert columns["metadata"] == '{"name":"\\u00e4","offset_px":[1.5,-2]}'
+    assert columns["ground_source_xxh3_128"] is None
+    with tarfile.open(store.local_path(spec.name)) as tar:
+        content = json.loads(tar.extractfile(f"{pair.key}.json").read())
+    assert (content["metadata"], content["ground_rows_px"]) == (metadata, [10, 20])

@@ -1,0 +1,244 @@
+"""What has changed between a manifest and the raw data: pairs kept, changed, dropped, new.
+
+A pair is unchanged if what is known of it is what the manifest says and its two files' sizes and stamps (time of change
+or ETag) are those of the run that read them last. Stamps lie beside the manifest and never in it: where they differ or
+are lost (a copied folder has other times), the files are read and their hashes decide.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.checks import ROLES, load_pair
+from pipeline.manifest import Manifest
+from pipeline.profile import ORIGINAL
+from pipeline.raw import RawFolder
+from pipeline.schema import ImageRules, PairSource
+from pipeline.shards import original_hashes, pair_facts
+from pipeline.sources.base import Problem, SourceScan
+from pipeline.storage import Store
+
+_LOGGER = logging.getLogger(__name__)
+_PAIRS_PER_TASK = 1000
+_FACTS = ("location_id", "latitude_deg", "longitude_deg", "heading_deg", "easting_m", "northing_m", "metadata")
+_ROWS = ("ground_first_row_px", "ground_stop_row_px")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """Pairs whose files must be read to know whether they are what the manifest says; one task's worth.
+
+    Attributes:
+        root: Root of the raw data.
+        rules: What the layout says about its images.
+        check_images: Decode them too.
+        pairs: The pairs.
+        hashes: Of each pair's two files, as the manifest has them.
+    """
+
+    root: RawFolder
+    rules: ImageRules
+    check_images: bool
+    pairs: Sequence[PairSource]
+    hashes: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What has changed.
+
+    Attributes:
+        num_kept: Pairs in shards all of whose pairs are unchanged.
+        kept_shards: Numbers of those shards.
+        remaining: By number of each other shard the pairs that remain in it, in their order.
+        new: Pairs that the manifest does not have, or has in another split.
+        dropped: Keys that the raw data does not have any more, or has in another split.
+        changed: Keys of pairs whose images or facts are others now.
+        still_excluded: Problems of pairs that could not be used before and have not been touched since.
+    """
+
+    num_kept: int
+    kept_shards: list[int]
+    remaining: dict[int, list[PairSource]]
+    new: list[PairSource]
+    dropped: list[str]
+    changed: list[str]
+    still_excluded: list[Problem]
+
+
+class Stamps:
+    """Which state of each pair's files was read last, and whether its images were decoded then."""
+
+    def __init__(self, known: Mapping[str, int]) -> None:
+        self._known = known
+
+    @classmethod
+    def read(cls, store: Store, digest: str) -> Stamps:
+        """Read those of a manifest; without them every pair's files are looked at anew.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        path = _stamps_file(digest)
+        if not store.exists(path):
+            return cls({})
+        try:
+            table = pq.read_table(io.BytesIO(store.read_bytes(path)))
+            return cls(dict(zip(table["key"].to_pylist(), table["stamp"].to_pylist(), strict=True)))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            _LOGGER.warning("%s is damaged (%s): the raw files are read anew", store.uri(path), error)
+            return cls({})
+
+    def knows(self, pair: PairSource, *, check_images: bool) -> bool:
+        """Tell whether the pair's files are as they were, decoded then if they are to be."""
+        known = self._known.get(pair.key)
+        return known is not None and (
+            known == _stamp(pair, is_checked=True) or (not check_images and known == _stamp(pair, is_checked=False))
+        )
+
+    def write(self, store: Store, digest: str, pairs: Sequence[PairSource], *, check_images: bool) -> None:
+        """Write the stamps of `pairs`, all read by now, beside the manifest of that digest.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        new = {
+            pair.key: self._known[pair.key]
+            if self.knows(pair, check_images=check_images)
+            else _stamp(pair, is_checked=check_images)
+            for pair in pairs
+        }
+        if new == self._known:
+            return
+        stamps = pa.array(new.values(), pa.uint64())
+        stream = io.BytesIO()
+        pq.write_table(pa.table({"key": pa.array(new, pa.string()), "stamp": stamps}), stream, compression="zstd")
+        store.write_bytes(_stamps_file(digest), stream.getvalue())
+
+
+def find_changes(
+    scan: SourceScan,
+    base: Manifest,
+    stamps: Stamps,
+    *,
+    check_images: bool,
+    retry_excluded: bool,
+    settle: Callable[[Sequence[Doubt]], Iterator[list[str]]],
+) -> Changes:
+    """Compare raw data with a manifest.
+
+    Args:
+        scan: The raw data.
+        base: The manifest.
+        stamps: Those of the manifest.
+        check_images: Whether images must have been decoded to count as known.
+        retry_excluded: Count pairs that could not be used before as new, though nobody touched their files.
+        settle: Runs `differing_pairs` on each doubt.
+    """
+    listed = {pair.key: pair for pair in scan.pairs}
+    columns = {name: base.pairs[name].to_pylist() for name in ("key", "shard", "split", *_FACTS, *_ROWS)}
+    held = set(columns["key"])
+    doubtful: list[int] = []
+    changed: set[str] = set()
+    dropped: list[str] = []
+    facts = zip(*(columns[name] for name in (*_FACTS, *_ROWS)), strict=True)
+    for row, (key, split, fact) in enumerate(zip(columns["key"], columns["split"], facts, strict=True)):
+        pair = listed.get(key)
+        if pair is None or pair.split != split:
+            dropped.append(key)
+        elif fact[: len(_FACTS)] != _facts(pair) or not _has_rows_of(pair, fact[len(_FACTS) :], base):
+            changed.add(key)
+        elif not stamps.knows(pair, check_images=check_images):
+            doubtful.append(row)
+    doubts = list(_doubts(scan, base, [(row, listed[columns["key"][row]]) for row in doubtful], check_images))
+    if doubtful:
+        _LOGGER.info("%d pairs' files have other times or places than last time: reading them", len(doubtful))
+    changed.update(key for keys in settle(doubts) for key in keys)
+    gone = set(dropped)
+    touched = {shard for key, shard in zip(columns["key"], columns["shard"], strict=True) if key in changed | gone}
+    remaining: dict[int, list[PairSource]] = {shard: [] for shard in sorted(touched)}
+    for key, shard in zip(columns["key"], columns["shard"], strict=True):
+        if shard in touched and key not in gone:
+            remaining[shard].append(listed[key])
+    excluded = [] if retry_excluded else _still_excluded(base, listed, held, stamps, check_images)
+    known = (held - gone) | {problem.key for problem in excluded}
+    kept_shards = [number for number in range(len(base.shards)) if number not in touched]
+    return Changes(
+        num_kept=sum(base.shards[number].num_pairs for number in kept_shards),
+        kept_shards=kept_shards,
+        remaining=remaining,
+        new=[pair for pair in scan.pairs if pair.key not in known],
+        dropped=dropped,
+        changed=sorted(changed),
+        still_excluded=excluded,
+    )
+
+
+def differing_pairs(doubt: Doubt) -> list[str]:
+    """Read the pairs' files and return the keys of those that are not what the manifest says, or cannot be used.
+
+    Raises:
+        StoreError: Raw data in a store cannot be read.
+    """
+    keys = []
+    for pair, hashes in zip(doubt.pairs, doubt.hashes, strict=True):
+        images, _ = load_pair(pair, doubt.root, rules=doubt.rules, check_images=doubt.check_images)
+        if len(images) < len(ROLES) or original_hashes(images) != hashes:
+            keys.append(pair.key)
+    return keys
+
+
+def _still_excluded(
+    base: Manifest, listed: Mapping[str, PairSource], held: set[str], stamps: Stamps, check_images: bool
+) -> list[Problem]:
+    return [
+        problem
+        for problem in base.excluded
+        if problem.is_unusable and problem.key is not None and problem.key not in held
+        if (pair := listed.get(problem.key)) is not None and stamps.knows(pair, check_images=check_images)
+    ]
+
+
+def _doubts(
+    scan: SourceScan, base: Manifest, rows: Sequence[tuple[int, PairSource]], check_images: bool
+) -> Iterator[Doubt]:
+    if not rows:
+        return
+    suffix = "xxh3_128" if base.profile.name == "original" else "source_xxh3_128"
+    hashes = list(zip(*(base.pairs[f"{role}_{suffix}"].to_pylist() for role in ROLES), strict=True))
+    for start in range(0, len(rows), _PAIRS_PER_TASK):
+        part = rows[start : start + _PAIRS_PER_TASK]
+        yield Doubt(
+            root=scan.root,
+            rules=scan.rules,
+            check_images=check_images,
+            pairs=[pair for _, pair in part],
+            hashes=[hashes[row] for row, _ in part],
+        )
+
+
+def _facts(pair: PairSource) -> tuple[object, ...]:
+    facts = pair_facts(pair)
+    return tuple(facts[name] for name in _FACTS)
+
+
+def _has_rows_of(pair: PairSource, rows_px: tuple[object, ...], base: Manifest) -> bool:
+    # Without rows of its own a pair has those that the layout's rules give to an image of its size.
+    return base.profile != ORIGINAL or pair.ground_rows_px is None or rows_px == pair.ground_rows_px
+
+
+def _stamp(pair: PairSource, *, is_checked: bool) -> int:
+    ground, aerial = pair.ground_status, pair.aerial_status
+    text = f"{ground.num_bytes} {ground.stamp} {aerial.num_bytes} {aerial.stamp} {is_checked}"
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _stamps_file(digest: str) -> str:
+    return f"stamps/{digest[:16]}.parquet"

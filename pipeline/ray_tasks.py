@@ -1,0 +1,138 @@
+"""A function over many inputs: on Ray, a bounded window of tasks at a time, retried; or plainly in this process.
+
+What a task raises because a store or a disk failed, and a worker or a node that is gone (killed, out of memory), is
+tried again on another worker, up to three times for each input. Anything else stops all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+import ray
+
+from cvft.configuration import require
+from cvft.errors import ClusterError, CvftError, StoreError
+
+RaySession = Callable[[], AbstractContextManager[None]]
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+MAX_RETRIES = 3
+_TICK_S = 1.0
+_LOGGER = logging.getLogger(__name__)
+_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+
+
+class Runner(Protocol):
+    """Runs a function over inputs.
+
+    Attributes:
+        num_retries: How many times an input was tried again so far.
+    """
+
+    num_retries: int
+
+    def run(
+        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
+    ) -> Iterator[tuple[int, Output]]:
+        """Yield (number of the input, output) as they are finished; call `tick` now and then while waiting."""
+        ...
+
+
+class Here:
+    """Runs in this process, one input after the other."""
+
+    num_retries = 0
+
+    def run(
+        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
+    ) -> Iterator[tuple[int, Output]]:
+        """See `Runner`."""
+        for number, content in enumerate(inputs):
+            yield number, function(content)
+            tick()
+
+
+class OnRay:
+    """Runs on Ray, which is entered only when there is something to run."""
+
+    def __init__(self, *, window: int | None = None, session: RaySession = contextlib.nullcontext) -> None:
+        """Prepare to run.
+
+        Args:
+            window: Tasks submitted at a time; twice the cluster's CPUs if none.
+            session: Makes a Ray be there; without it Ray must be initialised.
+
+        Raises:
+            ConfigError: `window` is less than 1.
+        """
+        require(window is None or window >= 1, f"window: {window} must be at least 1")
+        self.num_retries = 0
+        self._window = window
+        self._session = session
+
+    def run(
+        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
+    ) -> Iterator[tuple[int, Output]]:
+        """See `Runner`.
+
+        Raises:
+            ClusterError: Workers were lost again and again on one input.
+        """
+        if inputs:
+            with self._session():
+                yield from self._run(function, inputs, tick)
+
+    def _run(
+        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
+    ) -> Iterator[tuple[int, Output]]:
+        size = self._window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        # Ray's own retries are off: it would try again in silence.
+        task = ray.remote(max_retries=0)(_run_later)
+        waiting = list(reversed(range(len(inputs))))
+        running: dict[Any, int] = {}
+        failures: Counter[int] = Counter()
+        try:
+            while waiting or running:
+                while waiting and len(running) < size:
+                    number = waiting.pop()
+                    running[task.remote(function, inputs[number], 0.5 * failures[number])] = number
+                done, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
+                for reference in done:
+                    number = running.pop(reference)
+                    try:
+                        output = ray.get(reference)
+                    except (ray.exceptions.RayTaskError, *_LOST) as error:
+                        failures[number] += 1
+                        self._retry_or_raise(error, failures[number])
+                        waiting.append(number)
+                    else:
+                        yield number, output
+                tick()
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    def _retry_or_raise(self, error: Exception, num_failures: int) -> None:
+        cause = getattr(error, "cause", None)
+        is_lost = isinstance(error, _LOST)
+        reason = " ".join(str(error if cause is None else cause).split())
+        if num_failures <= MAX_RETRIES and (is_lost or isinstance(cause, (OSError, StoreError))):
+            self.num_retries += 1
+            _LOGGER.warning("a task is tried again (%d of %d): %s", num_failures, MAX_RETRIES, reason[:300])
+            return
+        if is_lost:
+            raise ClusterError(f"a worker was lost {num_failures} times on the same task: {reason[:300]}") from None
+        # Ray's own error repeats the worker's traceback; ours is the one line that helps.
+        raise cause if isinstance(cause, CvftError) else error
+
+
+def _run_later(function: Callable[[Input], Output], content: Input, delay_s: float) -> Output:
+    time.sleep(delay_s)
+    return function(content)

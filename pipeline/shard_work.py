@@ -1,0 +1,131 @@
+"""The shards of one plan: those an earlier run finished are found, the others are written by tasks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cvft.errors import ShardError
+from pipeline.plan import Plan
+from pipeline.ray_tasks import Runner
+from pipeline.shards import ShardEntry, ShardSpec, read_entry, write_shard
+from pipeline.storage import Store
+
+_NUM_READERS = 8
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildProgress:
+    """How far the writing of shards is.
+
+    Attributes:
+        num_pairs: Pairs of the plan.
+        num_pairs_done: Pairs in finished shards.
+        num_pairs_found: Those of them that an earlier run finished.
+        num_shards: Shards of the plan.
+        num_shards_done: Finished shards.
+        num_bytes_written: Bytes written by this run.
+        num_retries: Tasks tried again.
+    """
+
+    num_pairs: int
+    num_pairs_done: int
+    num_pairs_found: int
+    num_shards: int
+    num_shards_done: int
+    num_bytes_written: int
+    num_retries: int
+
+
+class ShardWork:
+    """Makes the shards of a plan be there.
+
+    Attributes:
+        num_written: Shards written by this run so far.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        runner: Runner,
+        *,
+        skip_unusable: bool,
+        progress: Callable[[BuildProgress], None] | None,
+    ) -> None:
+        self.num_written = 0
+        self._store = store
+        self._plan = plan
+        self._skip_unusable = skip_unusable
+        self._runner = runner
+        self._progress = progress
+        self._entries: dict[str, ShardEntry] = {}
+        self._num_pairs_done = self._num_pairs_found = self._num_bytes_written = 0
+
+    def run(self) -> list[ShardEntry]:
+        """Write the shards that are missing; return all entries in the plan's order."""
+        specs = self._plan.specs
+        if not specs:
+            return []
+        # Written before any work, so that a store that cannot be written is told at once.
+        self._plan.write(self._store)
+        self._find_finished()
+        missing = [spec for spec in specs if spec.name not in self._entries]
+        self._num_pairs_found = self._num_pairs_done = sum(len(spec.pairs) for spec in specs if spec not in missing)
+        if self._entries:
+            _LOGGER.info("%d of %d shards were finished by an earlier run", len(self._entries), len(specs))
+        self._tell()
+        tasks = [(spec, self._store.uri()) for spec in missing]
+        for number, num_bytes in self._runner.run(_write_shard_task, tasks, self._tell):
+            spec = missing[number]
+            self._entries[spec.name] = read_entry(self._store, spec.sidecar)
+            self.num_written += 1
+            self._num_pairs_done += len(spec.pairs)
+            self._num_bytes_written += num_bytes
+            self._tell()
+        return [self._entries[spec.name] for spec in specs]
+
+    def _find_finished(self) -> None:
+        """Take what an earlier run wrote for these very specs; a shard that lacks pairs counts if that is allowed."""
+        present = self._store.list_sizes(self._plan.folder)
+        candidates = [spec for spec in self._plan.specs if spec.sidecar in present and spec.name in present]
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            entries = pool.map(self._try_entry, candidates)
+            for spec, entry in zip(candidates, entries, strict=True):
+                if (
+                    entry is not None
+                    and entry.fingerprint == spec.fingerprint()
+                    and entry.info.num_bytes == present[spec.name].num_bytes
+                    and (entry.is_checked or not spec.check_images)
+                    and (entry.info.num_pairs == len(spec.pairs) or self._skip_unusable)
+                ):
+                    self._entries[spec.name] = entry
+
+    def _try_entry(self, spec: ShardSpec) -> ShardEntry | None:
+        try:
+            return read_entry(self._store, spec.sidecar)
+        except ShardError as error:
+            _LOGGER.warning("%s is written again: %s", spec.name, error)
+            return None
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(
+                BuildProgress(
+                    num_pairs=sum(len(spec.pairs) for spec in self._plan.specs),
+                    num_pairs_done=self._num_pairs_done,
+                    num_pairs_found=self._num_pairs_found,
+                    num_shards=len(self._plan.specs),
+                    num_shards_done=len(self._entries),
+                    num_bytes_written=self._num_bytes_written,
+                    num_retries=self._runner.num_retries,
+                )
+            )
+
+
+def _write_shard_task(task: tuple[ShardSpec, str]) -> int:
+    spec, store_uri = task
+    return write_shard(spec, Store.from_uri(store_uri)).info.num_bytes
