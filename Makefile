@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-tensorflow check bench help clean-demo
+.PHONY: demo test test-objectstore test-tensorflow check bench help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -16,7 +16,11 @@ demo: $(VENV)/.runtime  ## raw images -> shards -> training -> registered model 
 	@$(BIN)/python -m jobs.demo --out $(DEMO)
 
 test: $(VENV)/.developer  ## the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore tests/objectstore
+
+test-objectstore: $(VENV)/.developer  ## the store's promises on a real object store, Ceph's (Debian's packages: see the message)
+	@infra/objectstore/radosgw.sh check
+	@$(BIN)/python -m pytest tests/objectstore
 
 check: $(VENV)/.developer  ## format, lint, types
 	@$(BIN)/ruff format --check .

@@ -88,7 +88,7 @@ class S3Folder:
             if error.response["Error"]["Code"] == "NoSuchKey":
                 return None
             raise
-        return source.read(), str(source.etag)
+        return source.read(), str(source.etag).strip('"')
 
     def open_output(self, path: str) -> Upload:
         """Begin an object that appears when it is committed."""
@@ -101,6 +101,7 @@ class S3Folder:
 
     def replace(self, path: str, data: bytes, version: str) -> bool:
         """Write the object if it still has this ETag; return whether it was written."""
+        # Without its quotation marks: Ceph 16 compares them, AWS takes both.
         return self._put_if(path, data, IfMatch=version)
 
     def delete(self, path: str) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.store_contract")
+
 _BUCKETS = itertools.count()
 
 

@@ -146,7 +146,7 @@ stop() {  # dir
     pid=$(<"$file")
     # A number alone may belong to another process by now.
     if [[ -n $pid ]] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$1/ceph.conf"; then
-      kill "$pid"
+      kill -KILL "$pid"  # asked nicely, it takes ten seconds; nothing is ever started from this folder again
       while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
     fi
     rm -f "$file"

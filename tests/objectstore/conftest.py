@@ -1,0 +1,62 @@
+"""Ceph's S3 gateway for the whole session, and a new bucket on it for each test.
+
+Run by `make test-objectstore`; without Ceph's packages all of it is skipped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "infra/objectstore/radosgw.sh"
+_BUCKETS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The AWS variables of a gateway that runs as long as the session."""
+    missing = subprocess.run([SCRIPT, "check"], capture_output=True, text=True, check=False)
+    if missing.returncode:
+        pytest.skip(missing.stderr.strip())
+    folder = tmp_path_factory.mktemp("ceph")
+    port, mon_port = _free_ports(2)
+    started = subprocess.run(
+        [SCRIPT, "start", folder, str(port)],
+        env=os.environ | {"MON_PORT": str(mon_port)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    yield dict(re.findall(r"export (\w+)=(\S+)", started.stdout))
+    subprocess.run([SCRIPT, "stop", folder], timeout=60, check=True)
+
+
+@pytest.fixture
+def radosgw_uri(radosgw: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in a new bucket; this process's AWS variables, and those of processes it starts, name the gateway."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in radosgw.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{next(_BUCKETS)}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/data"
+
+
+def _free_ports(num_ports: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(num_ports)]
+    for free in sockets:
+        free.bind(("127.0.0.1", 0))
+    ports = [free.getsockname()[1] for free in sockets]
+    for free in sockets:
+        free.close()
+    return ports

@@ -1,0 +1,79 @@
+"""Ceph's gateway keeps the store's promises, and says no in one line."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+from pyarrow import fs
+
+from cvft.errors import StoreError
+from pipeline.s3_upload import PART_BYTES
+from pipeline.storage import Store
+from tests.store_contract import StoreContract
+
+pytestmark = pytest.mark.objectstore
+
+
+class TestRadosgw(StoreContract):
+    @pytest.fixture
+    def store(self, radosgw_uri) -> Store:
+        return Store.from_uri(radosgw_uri)
+
+
+def _refusals(store: Store) -> list[str]:
+    """The messages of every kind of request."""
+    messages = []
+    for request in (
+        lambda: store.exists("a"),
+        lambda: store.list(),
+        lambda: store.read_bytes("a"),
+        lambda: store.read_range("a", 0, 1),
+        lambda: store.read_versioned("a"),
+        lambda: store.write_bytes("a", b"1"),
+        lambda: store.write_bytes("a", bytes(2 * PART_BYTES)),
+        lambda: store.create_bytes("a", b"1"),
+        lambda: store.replace_bytes("a", b"1", '"0"'),
+        lambda: store.delete("a"),
+    ):
+        with pytest.raises(StoreError, match=r"^s3://[^\n]*$") as caught:
+            request()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_wrong_secret_is_one_line_that_names_the_variable(radosgw_uri, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for message in _refusals(Store.from_uri(radosgw_uri)):
+        assert "the secret key is wrong; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_unknown_key_is_one_line_that_names_the_variable(radosgw_uri, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    for message in _refusals(Store.from_uri(radosgw_uri)):
+        assert "the server does not know this access key; check AWS_ACCESS_KEY_ID" in message
+
+
+def test_missing_bucket_is_one_line_that_names_it(radosgw_uri):
+    for message in _refusals(Store.from_uri("s3://no-such-bucket/data")):
+        assert "there is no bucket 'no-such-bucket'; create it" in message
+
+
+def test_failed_upload_leaves_no_parts_in_the_bucket(radosgw_uri):
+    def fail_half_way() -> None:
+        with Store.from_uri(radosgw_uri).open_output("a") as stream:
+            stream.write(bytes(5 * PART_BYTES))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    bucket = radosgw_uri.split("/")[2]
+    assert "Uploads" not in boto3.session.Session().client("s3").list_multipart_uploads(Bucket=bucket)
+
+
+def test_arrow_writes_and_reads_the_same_files(radosgw_uri):
+    store = Store.from_uri(radosgw_uri)
+    filesystem, root = store.arrow
+    with filesystem.open_output_stream(f"{root}/a.bin") as stream:
+        stream.write(b"12345")
+    assert store.read_bytes("a.bin") == b"12345"
+    assert filesystem.get_file_info(f"{root}/a.bin").type == fs.FileType.File
