@@ -67,8 +67,8 @@ class Leaks:
 
 def make_traits(
     *,
-    ground: Sequence[str | None],
-    aerial: Sequence[str | None],
+    ground: Sequence[Hashable | None],
+    aerial: Sequence[Hashable | None],
     location_ids: Sequence[str],
     places: Sequence[tuple[float, float, float | None] | None],
 ) -> Traits:
@@ -80,7 +80,7 @@ def make_traits(
         location_ids: Identity of each pair's location.
         places: Latitude, longitude and heading in degrees; None where the position is unknown.
     """
-    locations: dict[str | None, set[str]] = defaultdict(set)
+    locations: dict[Hashable, set[str]] = defaultdict(set)
     for digest, location_id in zip(aerial, location_ids, strict=True):
         locations[digest].add(location_id)
     told_apart = [digest if len(locations[digest]) > 1 else None for digest in aerial]

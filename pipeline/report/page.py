@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from cvft.retrieval import RetrievalResult
@@ -23,6 +22,7 @@ from pipeline.report.contents import (
 )
 from pipeline.report.flow import MIN_SHARE, effective_sources, strongest_flows, transport_figure
 from pipeline.report.gallery import best_and_worst, format_distance, retrieval_figure
+from pipeline.report.render import render
 from pipeline.report.style import DARK, LIGHT, data_uri, rasterise
 
 ONE_PERCENT_RULES = {"cvft": "int(N / 100) + 1, as in the paper's code", "floor": "N // 100, at least 1"}
@@ -113,15 +113,8 @@ def build_report(
             _transport(pictures, place, example, images) for place, example in enumerate(transports, start=1)
         ],
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     html = out_dir / "report.html"
-    html.write_text(environment.get_template("report.html.j2").render(context), encoding="utf-8")
+    html.write_text(render("report.html.j2", context), encoding="utf-8")
     return ReportFiles(html=html, pngs=pictures.paths)
 
 

@@ -55,6 +55,7 @@ class SourceScan:
         pairs: The pairs whose two files are there, in the order listed, keys unique.
         problems: Everything found on the way.
         rules: What the layout says about its images.
+        base: Folder (or file) below the root where the layout was found; empty for the root itself.
     """
 
     layout: Layout
@@ -62,6 +63,7 @@ class SourceScan:
     pairs: Sequence[PairSource]
     problems: Sequence[Problem]
     rules: ImageRules = field(default_factory=ImageRules)
+    base: str = ""
 
 
 class Source(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cvft.errors import DataError
@@ -53,7 +54,7 @@ def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: st
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
     ((name, base),) = found.items()
-    return SOURCES[name].scan(base, root=folder, split=split)
+    return replace(SOURCES[name].scan(base, root=folder, split=split), base=base)
 
 
 def _folder_and_table(root: str | Path | RawFolder) -> tuple[RawFolder, str]:
@@ -68,7 +69,7 @@ def _folder_and_table(root: str | Path | RawFolder) -> tuple[RawFolder, str]:
 def _scan_table(folder: RawFolder, table: str, *, wanted: Mapping[str, Source], split: str | None) -> SourceScan:
     if "table" not in wanted:
         raise DataError(f"{folder.uri}/{table}: is a table, which the layout {', '.join(wanted)} is not")
-    return SOURCES["table"].scan(table, root=folder, split=split)
+    return replace(SOURCES["table"].scan(table, root=folder, split=split), base=table)
 
 
 def _near_misses(root: RawFolder, wanted: Mapping[str, Source]) -> str:

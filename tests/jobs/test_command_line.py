@@ -113,7 +113,8 @@ def test_synthesize_tells_which_town_there_is_and_does_nothing_twice(town, capfd
 @pytest.mark.parametrize("layout", ["auto", "cvusa"])
 def test_validate_counts_the_usable_pairs_of_each_split(town, layout):
     found = _succeed(validate.JOB, "--root", town, "--layout", layout)
-    assert found == {"layout": "cvusa", "ok": True, "pairs": {"train": 12, "val": 4}, "problems": {}}
+    expected = {"layout": "cvusa", "ok": True, "pairs": {"train": 12, "val": 4}, "problems": {}}
+    assert expected.items() <= found.items()
 
 
 @pytest.mark.parametrize(
