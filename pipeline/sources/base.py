@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 from pipeline.raw import RawFolder
@@ -237,6 +238,11 @@ def unusable_summary(problems: Sequence[Problem], *, num_usable: int) -> str:
         return "" if num_usable else "no pair is listed"
     kinds = ", ".join(f"{kind} {count}" for kind, count in count_kinds(unusable).items())
     return f"{num_usable} pairs are usable, others are not ({kinds}); first: {unusable[0]}"
+
+
+def nestings(*names: str) -> tuple[str, ...]:
+    """Return the folders, shallow ones first, that unpacking makes of folders of these names, one to three deep."""
+    return ("", *("/".join(parts) for depth in (1, 2, 3) for parts in product(names, repeat=depth)))
 
 
 def join(folder: str, name: str) -> str:

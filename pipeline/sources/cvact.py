@@ -22,10 +22,10 @@ from pyproj import Transformer
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import TEST, TRAIN, VAL, ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings
 from pipeline.sources.matlab import INDEX_FIELDS, ActData, read_act_data
 
-BASES = ("", "CVACT", "CVACT/dataset", "dataset")
+BASES = nestings("CVACT", "dataset", "data")
 LIST = "ACT_data.mat"
 SMALL, LARGE = "ANU_data_small", "ANU_data_test"
 HALVES = {TRAIN: SMALL, VAL: SMALL, TEST: LARGE}

@@ -26,9 +26,9 @@ from typing import Any
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import TRAIN, VAL, ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join, printable, some_names
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings, printable, some_names
 
-BASES = ("", "VIGOR", "data/VIGOR", "dataset")
+BASES = nestings("VIGOR", "dataset", "data")
 LABEL_FOLDERS = ("splits__corrected", "splits")
 SAME_AREA = {TRAIN: "same_area_balanced_train", VAL: "same_area_balanced_test"}
 CROSS_AREA = "cross-area"
