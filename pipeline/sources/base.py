@@ -20,7 +20,7 @@ _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 _KEY = re.compile(r"[^./\\\s]+")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One thing that is wrong with the raw data.
 
@@ -107,11 +107,12 @@ class Row:
 class RowChecker:
     """Turns listed rows into usable pairs: checks keys, repeats and files, and keeps count of everything else."""
 
-    def __init__(self, root: RawFolder, *, missing_hint: str = "") -> None:
+    def __init__(self, root: RawFolder, *, missing_hint: str = "", is_suffix_sure: bool = False) -> None:
         self.pairs: list[PairSource] = []
         self.problems: list[Problem] = []
         self._root = root
         self._missing_hint = missing_hint
+        self._is_suffix_sure = is_suffix_sure  # spares looking for each missing file under other suffixes
         self._seen: dict[str, Row] = {}
         self._good_splits: set[str] = set()
 
@@ -176,7 +177,7 @@ class RowChecker:
         """Return an image's path and status, or None (and note why) if it cannot be used."""
         status = self._root.status(path)
         if status is None:
-            listed, path = path, self._of_other_suffix(path)
+            listed, path = path, "" if self._is_suffix_sure else self._of_other_suffix(path)
             status = self._root.status(path) if path else None
             if status is None:
                 detail = f"listed in {row.listed_in}, no such file{self._missing_hint}"

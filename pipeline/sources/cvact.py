@@ -71,7 +71,7 @@ class CvactSource:
         halves = _halves(root, base)
         data, name = _read_list(root, base)
         wanted = _wanted(root, halves, data, split=split)
-        checker = RowChecker(root, missing_hint=_MISSING_HINT)
+        checker = RowChecker(root, missing_hint=_MISSING_HINT, is_suffix_sure=True)
         _note_absent(checker, halves, data, split=split)
         locations = _Locations(data.utm_m)
         files = {half: _HalfFiles(root, folder) for half, folder in halves.items()}

@@ -20,6 +20,7 @@ pairs is easier than published. Each is told as `reference_only`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,7 +191,8 @@ def _note_references(root: RawFolder, base: str, folder: str, *, positives: set[
 
 
 def _stem(name: str) -> str:
-    return name[: -len(suffix)] if (suffix := _suffix(name)) else name
+    # Interned, because a satellite image is named in many rows.
+    return sys.intern(name[: -len(suffix)] if (suffix := _suffix(name)) else name)
 
 
 def _suffix(name: str) -> str:
