@@ -13,6 +13,7 @@ SUMMARIES = {
     "synthesize": "write a synthetic town in CVUSA's raw layout",
     "validate": "say what a folder of pairs holds and what is wrong with it",
     "shard": "write raw pairs to WebDataset shards with a manifest",
+    "verify": "hold shards against their manifest, repair damaged ones",
     "inspect": "show a dataset of shards: its numbers and its first pairs",
     "train": "train a network on a manifest",
     "evaluate": "measure a checkpoint's recall on a manifest",

@@ -26,6 +26,7 @@ from cvft.errors import ConfigError, DataError, ShardError
 from pipeline.geography import geocentric_m
 from pipeline.pointer import POINTER_FILE, read_pointer
 from pipeline.profile import ORIGINAL, ShardProfile
+from pipeline.sealed import seal
 from pipeline.sources.base import Problem
 from pipeline.storage import Store
 
@@ -194,12 +195,16 @@ class Manifest:
             ShardError: There is a damaged file of this name.
             StoreError: The store cannot be written.
         """
+        if not Store.from_uri(self.store_uri).create_bytes(self.path, self.encode()):
+            Manifest.load(self.uri)
+        return self.uri
+
+    def encode(self) -> bytes:
+        """Return the manifest's file, which also carries a hash of its own bytes (`pipeline.sealed`)."""
         metadata = {_METADATA_KEY: canonical_json(self._metadata()).encode()}
         stream = io.BytesIO()
         pq.write_table(self.pairs.replace_schema_metadata(metadata), stream, compression="zstd")
-        if not Store.from_uri(self.store_uri).create_bytes(self.path, stream.getvalue()):
-            Manifest.load(self.uri)
-        return self.uri
+        return seal(stream.getvalue())
 
     def split(self, name: str) -> pa.Table:
         """Return the rows of one split, in the manifest's order.

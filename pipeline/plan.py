@@ -26,6 +26,7 @@ from pipeline.manifest import Manifest, canonical_json
 from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.sampler import epoch_permutation
 from pipeline.schema import PairSource
+from pipeline.sealed import seal
 from pipeline.shards import FORMAT_VERSION, ShardSpec, pair_json
 from pipeline.sources.base import SourceScan
 from pipeline.storage import Store
@@ -110,7 +111,7 @@ class Plan:
         stream = io.BytesIO()
         described = table.replace_schema_metadata({_METADATA_KEY: canonical_json(metadata).encode()})
         pq.write_table(described, stream, compression="zstd")
-        store.create_bytes(_document(self.fingerprint), stream.getvalue())
+        store.create_bytes(document_path(self.fingerprint), seal(stream.getvalue()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def read_plan(manifest: Manifest) -> PlanFacts:
         ShardError: It is missing or damaged.
         StoreError: It cannot be read.
     """
-    store, path = Store.from_uri(manifest.store_uri), _document(manifest.plan)
+    store, path = Store.from_uri(manifest.store_uri), document_path(manifest.plan)
     advice = "start the dataset anew with --rebuild"
     if not store.exists(path):
         raise ShardError(f"{store.uri(path)}: the newest manifest's plan is missing; {advice}")
@@ -233,5 +234,6 @@ def _digest(*parts: Iterable[str]) -> str:
     return content.hexdigest()
 
 
-def _document(fingerprint: str) -> str:
+def document_path(fingerprint: str) -> str:
+    """Return where the document of the plan of that fingerprint lies within the store."""
     return f"plans/{fingerprint[:16]}.parquet"

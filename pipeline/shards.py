@@ -59,7 +59,7 @@ class ShardSpec:
     @property
     def sidecar(self) -> str:
         """Path of the file that is written when the shard is finished."""
-        return f"{self.name.removesuffix('.tar')}.json"
+        return sidecar_path(self.name)
 
     def fingerprint(self) -> str:
         """Return a digest of the spec and the files' sizes and stamps; a finished shard with another one is redone."""
@@ -122,8 +122,13 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
         problems=problems,
     )
     content = {**vars(entry), "info": asdict(entry.info), "problems": [asdict(problem) for problem in problems]}
-    store.write_bytes(spec.sidecar, canonical_json(content).encode())
+    store.write_bytes(spec.sidecar, _sealed(content))
     return entry
+
+
+def sidecar_path(shard: str) -> str:
+    """Return the path of the file beside a shard that tells what is in it."""
+    return f"{shard.removesuffix('.tar')}.json"
 
 
 def read_entry(store: Store, sidecar: str) -> ShardEntry:
@@ -136,6 +141,9 @@ def read_entry(store: Store, sidecar: str) -> ShardEntry:
     data = store.read_bytes(sidecar)
     try:
         content = json.loads(data)
+        del content["blake3"]
+        if _sealed(content) != data:
+            raise ValueError("its hash is another")  # noqa: TRY301 (one kind of damage among others)
         info = ShardInfo(**content["info"])
         columns = {name: content["columns"][name] for name in _COLUMNS}
         if any(len(values) != info.num_pairs for values in columns.values()):
@@ -150,6 +158,11 @@ def read_entry(store: Store, sidecar: str) -> ShardEntry:
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ShardError(f"{store.uri(sidecar)}: is damaged ({reason}); delete it and shard again") from None
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """Return plain data as JSON that carries a hash of itself: one flipped bit is found wherever it lies."""
+    return canonical_json({**content, "blake3": blake3(canonical_json(content).encode()).hexdigest()}).encode()
 
 
 def pair_facts(pair: PairSource) -> Row:

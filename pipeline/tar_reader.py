@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cvft.errors import ShardError
 from pipeline.storage import Store
+from pipeline.tar_writer import member_header
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 ReadAt = Callable[[int, int], bytes | memoryview]
@@ -133,15 +134,9 @@ def _parse(header: bytes, *, position: int, shard: str) -> Member:
     if size is None:
         raise refuse(f"the member's size {header[_SIZE]!r} is no octal number")
     member = Member(name, position + BLOCK_BYTES, int(size[1], 8))
-    if header != _header_of(member):
+    if header != member_header(name, member.num_bytes):
         raise refuse(f"the header of {name} has a time, an owner, a mode or other fields that are not zero")
     return member
-
-
-def _header_of(member: Member) -> bytes:
-    info = tarfile.TarInfo(member.name)
-    info.size = member.num_bytes
-    return info.tobuf(format=tarfile.USTAR_FORMAT, encoding="utf-8")
 
 
 def _check_end(read: ReadAt, *, position: int, stop: int, shard: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.build import BuildOptions, build_shards
 from pipeline.images import encode_jpeg
 from pipeline.manifest import Manifest
 from pipeline.plan import Cut
+from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.ray_tasks import Here
 
 GROUND_PX = (56, 308)  # a quarter of CVUSA's sides
@@ -50,13 +52,17 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def shard_here(
-    root: Path, store_uri: str, *, pairs_per_shard: int = 4, seed: int = 0, check_images: bool = True
+    root: Path,
+    store_uri: str,
+    *,
+    pairs_per_shard: int = 4,
+    seed: int = 0,
+    profile: ShardProfile = ORIGINAL,
+    **options: Any,
 ) -> Manifest:
     """Shard without Ray: the same plan, the same shards, the same manifest."""
-    cut = Cut(pairs_per_shard=pairs_per_shard, seed=seed)
-    return Manifest.load(
-        build_shards(root, store_uri, BuildOptions(cut=cut, check_images=check_images), runner=Here()).manifest
-    )
+    cut = Cut(pairs_per_shard=pairs_per_shard, seed=seed, profile=profile)
+    return Manifest.load(build_shards(root, store_uri, BuildOptions(cut=cut, **options), runner=Here()).manifest)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from cvft.errors import ConfigError, DataError, ShardError
 from pipeline.geography import haversine_m
 from pipeline.images import thumbnail
 from pipeline.inspection import draw_sheet, statistics_table, write_page
-from pipeline.manifest import Manifest
 from pipeline.manifest_statistics import manifest_statistics
 from pipeline.report.contact_sheet import Card, contact_sheet
 from pipeline.report.style import rasterise
@@ -149,6 +148,8 @@ class TestStatistics:
         assert "http" not in page
 
 
-def test_statistics_of_the_newest_manifest_tell_its_generation(cvusa, tmp_path, make_shards):
-    manifest = make_shards(cvusa, str(tmp_path / "store"))
-    assert manifest_statistics(Manifest.load(manifest.uri))["generation"] is None
+def test_only_the_newest_manifest_is_of_a_generation(cvusa, tmp_path, make_shards):
+    first = make_shards(cvusa, str(tmp_path / "store"))
+    assert manifest_statistics(first)["generation"] == 1
+    second = make_shards(cvusa, str(tmp_path / "store"), seed=1, rebuild=True)
+    assert [manifest_statistics(manifest)["generation"] for manifest in (first, second)] == [None, 2]

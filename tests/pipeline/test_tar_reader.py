@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvft.errors import ShardError
-from pipeline.shards import TarStream
 from pipeline.storage import Store
 from pipeline.tar_reader import list_members, walk
+from pipeline.tar_writer import TarWriter
 
 _NAMES = st.from_regex(r"[a-zä0-9_-]{1,30}\.(ground|aerial)\.jpg", fullmatch=True)
 
 
 def ours(members: dict[str, bytes]) -> bytes:
     stream = io.BytesIO()
-    tar = TarStream(stream)
+    tar = TarWriter(stream)
     for name, data in members.items():
         tar.add(name, data)
     tar.finish()
