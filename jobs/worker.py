@@ -93,11 +93,11 @@ class _Training:
         self._manifest_digest = manifest.digest
         self._cache = _open_cache(config.data)
         self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache))
-        eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache)
-        self._num_eval_pairs = len(eval_set)
+        self._eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache)
+        self._num_eval_pairs = len(self._eval_set)
         splits = config.data.eval_split, config.data.train_split
         self._queries = Queries.of_split(manifest, splits[0], train_split=splits[1])
-        self._eval_loader = self._loader(eval_set)
+        self._eval_loader = self._loader(self._eval_set)
         self._preprocess = Preprocess(config.preprocess)
         self._loss = build_loss(config.train.loss).to(device)
         torch.manual_seed(config.train.seed)  # the initial weights
@@ -113,9 +113,11 @@ class _Training:
 
     def run_epoch(self, epoch: int) -> EpochReport:
         """Train on every batch of an epoch."""
+        batches = self._train_loader.train_batches(epoch)
+        self._eval_set.prefetch()  # its shards come after those of the epoch
         return train_epoch(
             self._parallel,
-            self._train_loader.train_batches(epoch),
+            batches,
             preprocess=self._preprocess,
             loss=self._loss,
             optimizer=self._optimizer,
@@ -156,6 +158,8 @@ class _Training:
             name = self._checkpoints.save(model=self._model, info=info, optimizer=self._optimizer, loss=self._loss)
             self._checkpoints.keep({name, self._history.best})
             _log_epoch(metrics, self._config.train.num_epochs)
+            if not self._eval_set.is_local:
+                LOGGER.info("cache of shards: %s", self._cache.stats)
         return metrics
 
     def _restore(self, model: CrossViewModel) -> tuple[int, History]:
