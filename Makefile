@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-objectstore test-tensorflow check bench help clean-demo
+.PHONY: demo test test-objectstore test-tensorflow check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,8 +27,10 @@ check: $(VENV)/.developer  ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.developer  ## speed and memory beside the peers; each script exits non-zero when it misses its target
+bench: $(VENV)/.developer bench-peers  ## speed and memory beside the peers; each script exits non-zero when it misses its target
 	@set -e; for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-peers: .venv-peers/.installed  ## the loaders that ours is compared with, in an environment of their own
 
 test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
 	@.venv-tensorflow/bin/python -m pytest --noconftest tests/pipeline/test_official_import.py
@@ -52,6 +54,19 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest
+	@touch $@
+
+# litdata and mosaicml-streaming ask for torchvision and the SDKs of four clouds: they go in without what they ask for,
+# and what they import follows by name.
+.venv-peers/.installed: constraints.txt
+	@echo "installing into .venv-peers (1.3 GB)" >&2
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy webdataset simplejpeg \
+		opencv-python-headless pillow boto3 filelock requests tqdm xxhash \
+		lightning-utilities tifffile obstore 'transformers<5' catalogue Brotli python-snappy zstd
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.runtime
