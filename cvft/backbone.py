@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.config import BackboneConfig
+from cvft.noise import derive, drawn_noise, dropout
 from cvft.ops import max_pool, pooled_size
 from cvft.tensor_files import require_same_tensors, shapes
 
@@ -48,12 +49,19 @@ class Trunk(nn.Module):
             for parameter in self._parameters_of(name):
                 parameter.requires_grad_(False)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the features [B, C, h, w] of normalised pixels [B, 3, H, W]."""
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the features [B, C, h, w] of normalised pixels [B, 3, H, W].
+
+        Args:
+            image: [B, 3, H, W].
+            noise: int32 [B], decides what dropout drops while training; none draws it from torch's generator.
+        """
+        if noise is None and self.training and self.config.dropout > 0:
+            noise = drawn_noise(len(image), image.device)
         num_frozen = self.config.num_frozen_blocks
         with torch.set_grad_enabled(torch.is_grad_enabled() and num_frozen == 0):
-            features = self._run(image, range(num_frozen)) if num_frozen else image
-        return self._run(features, range(num_frozen, len(self._blocks)))
+            features = self._run(image, range(num_frozen), noise) if num_frozen else image
+        return self._run(features, range(num_frozen, len(self._blocks)), noise)
 
     def map_size(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of the features of an image of `size_px`."""
@@ -75,18 +83,18 @@ class Trunk(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(used[name])
 
-    def _run(self, features: Tensor, blocks: range) -> Tensor:
+    def _run(self, features: Tensor, blocks: range, noise: Tensor | None) -> Tensor:
         for block in blocks:
             if block > 0:
                 features = max_pool(features, self.config.pooling)
-            has_dropout = block >= len(self._blocks) - _NUM_DROPOUT_BLOCKS
+            is_noisy = self.training and self.config.dropout > 0 and block >= len(self._blocks) - _NUM_DROPOUT_BLOCKS
             for name in self._blocks[block]:
                 features = self.features[name](features)
                 if name in self.norms:
                     features = self.norms[name](features)
                 features = functional.relu(features, inplace=True)
-                if has_dropout:
-                    features = functional.dropout(features, self.config.dropout, self.training)
+                if is_noisy and noise is not None:
+                    features = dropout(features, self.config.dropout, derive(noise, int(name)))
         return features
 
     def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:

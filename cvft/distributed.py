@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -117,6 +117,13 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it, forward and backward passes add to a rank's own gradients; the next pass outside averages the sum."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """The training and evaluation loops, in plain torch.
 
 They run in one process, under `torchrun` and inside a Ray Train worker alike: the world is whatever torch.distributed
-says it is. What a resumed training needs is the model, the optimizer and the step: the learning rate is a function of
-the step, and so is the randomness of dropout, since torch is seeded anew at every step.
+says it is. What a resumed training needs is the model, the loss, the optimizer and the step: the learning rate is a
+function of the step, and dropout one of the step and the pair.
 
 Shape letters: B pairs of a batch, N pairs of a split, D descriptor values.
 """
@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cvft.batch import Batch
-from cvft.distributed import current_world, gather, gather_with_gradient, unwrap
+from cvft.distributed import current_world, gather, unwrap
 from cvft.errors import DataError, TrainingError
+from cvft.gradients import Forward, Preprocessor, compute_gradients
 from cvft.loss import Loss
 from cvft.pair_retrieval import rank_pairs
 from cvft.retrieval import RetrievalResult
-
-Preprocessor = Callable[[Tensor], Tensor]
-"""From uint8 [B, H, W, 3] to the network's input, for either view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +93,23 @@ def train_epoch(
     learning_rate: Callable[[int], float],
     first_step: int,
     seed: int,
+    chunk_size: int | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> EpochReport:
     """Train on the given batches, one step each.
 
     Args:
-        model: Gives (ground, aerial) descriptors [B, D]; wrapped by `wrap_ddp` where there are several ranks.
+        model: Gives (ground, aerial) descriptors [B, D] of (ground, aerial, noise=); wrapped by `wrap_ddp` where there
+            are several ranks.
         batches: This rank's batches; every rank has the same number of them and of rows in each.
         preprocess: Makes the network's input from pixels on the model's device.
         loss: Computed on every rank over the global batch; on the model's device.
         optimizer: Its learning rate is set at every step.
         learning_rate: Rate as a function of the step.
         first_step: Number of the first step.
-        seed: Torch is seeded from (seed, step, world rank) before every step; the caller's generator state is
+        seed: Of dropout and all else that is random in a step, see `Forward`; the caller's generator state is
             overwritten.
+        chunk_size: Pairs of one forward pass of a rank; none means all of its pairs. See `cvft.gradients`.
         on_step: Called after every step, on every rank.
 
     Raises:
@@ -122,22 +123,18 @@ def train_epoch(
     num_pairs = 0
     for step, (batch, wait_s) in enumerate(_with_wait(batches), first_step):
         begun = time.perf_counter()
-        _seed_step(seed, step)
         rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = _train_step(model, batch.to(device), preprocess=preprocess, loss=loss, optimizer=optimizer, step=step)
+        forward = Forward(preprocess=preprocess, seed=seed, step=step, chunk_size=chunk_size)
+        value = _train_step(model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer)
         step_s = time.perf_counter() - begun
         pairs = len(batch.index) * current_world().size
         num_pairs += pairs
         losses.append(value)
         if on_step is not None:
-            speed = pairs / (wait_s + step_s)
-            on_step(
-                StepReport(
-                    step=step, loss=value, learning_rate=rate, pairs_per_s=speed, data_wait_s=wait_s, step_s=step_s
-                )
-            )
+            times = {"pairs_per_s": pairs / (wait_s + step_s), "data_wait_s": wait_s, "step_s": step_s}
+            on_step(StepReport(step=step, loss=value, learning_rate=rate, **times))
     if not losses:
         raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
     seconds = time.perf_counter() - started
@@ -153,15 +150,9 @@ def _with_wait(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
         asked = time.perf_counter()
 
 
-def _train_step(
-    model: nn.Module, batch: Batch, *, preprocess: Preprocessor, loss: Loss, optimizer: Optimizer, step: int
-) -> float:
-    ground, aerial = model(preprocess(batch.ground), preprocess(batch.aerial))
-    value: Tensor = loss(
-        gather_with_gradient(ground), gather_with_gradient(aerial), location_m=gather(batch.location_m)
-    )
+def _train_step(model: nn.Module, batch: Batch, *, forward: Forward, loss: Loss, optimizer: Optimizer) -> float:
     optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
+    value = compute_gradients(model, batch, forward=forward, loss=loss)
     # Read after the backward is queued, so that a GPU does not idle between the two, and before the weights are
     # touched.
     number = value.item()
@@ -169,16 +160,12 @@ def _train_step(
         # Every rank computed the same loss from the same gathered descriptors, so all of them come here.
         index = gather(batch.index).tolist()
         raise TrainingError(
-            f"step {step}: the loss is {number} on the pairs {index}; lower the learning rate, or look at these pairs"
+            f"step {forward.step}: the loss is {number} on the pairs {index};"
+            " lower the learning rate, or look at these pairs"
         )
     optimizer.step()
     loss.clamp_parameters()
     return number
-
-
-def _seed_step(seed: int, step: int) -> None:
-    state = np.random.SeedSequence([seed, step, current_world().rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
 
 
 @torch.no_grad()

@@ -13,9 +13,12 @@ from cvft.backbone import Trunk
 from cvft.config import ModelConfig, PreprocessConfig
 from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
+from cvft.noise import derive
 from cvft.ops import LegacyBilinearResize, SameConv2d, pooled_size
 from cvft.tensor_files import read_weights
 from cvft.transport import TransportResult
+
+_GROUND, _AERIAL = 1, 2  # the places of the two views' noise
 
 
 class CrossViewModel(nn.Module):
@@ -50,20 +53,27 @@ class CrossViewModel(nn.Module):
         if head.kind == "cvft":
             self.transport = FeatureTransport(head.transport, channels=head.channels, grid=head.grid)
 
-    def forward(self, ground: Tensor, aerial: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unit descriptors [B, D] of both sides of B pairs, from normalised pixels [B, 3, H, W]."""
-        return self.embed_ground(ground), self.embed_aerial(aerial)
+    def forward(self, ground: Tensor, aerial: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the unit descriptors [B, D] of both sides of B pairs, from normalised pixels [B, 3, H, W].
 
-    def embed_ground(self, ground: Tensor) -> Tensor:
-        """Return the unit descriptors [B, D] of normalised panoramas [B, 3, H, W]."""
+        Args:
+            ground: [B, 3, H, W].
+            aerial: [B, 3, H, W].
+            noise: int32 [B], see `cvft.noise`; decides what dropout drops while training, in each view for itself.
+        """
+        of_ground, of_aerial = (None, None) if noise is None else (derive(noise, _GROUND), derive(noise, _AERIAL))
+        return self.embed_ground(ground, of_ground), self.embed_aerial(aerial, of_aerial)
+
+    def embed_ground(self, ground: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the unit descriptors [B, D] of normalised panoramas [B, 3, H, W]; `noise` as in `Trunk`."""
         if self.config.head.kind == "global_pool":
-            return _unit(self.ground_trunk(ground).amax((2, 3)))
-        features = self._ground_features(ground)
+            return _unit(self.ground_trunk(ground, noise).amax((2, 3)))
+        features = self._ground_features(ground, noise)
         return _descriptor(self.transport(features) if self.config.head.kind == "cvft" else features)
 
-    def embed_aerial(self, aerial: Tensor) -> Tensor:
-        """Return the unit descriptors [B, D] of normalised aerial images [B, 3, H, W]."""
-        features = (self.ground_trunk if self.aerial_trunk is None else self.aerial_trunk)(aerial)
+    def embed_aerial(self, aerial: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the unit descriptors [B, D] of normalised aerial images [B, 3, H, W]; `noise` as in `Trunk`."""
+        features = (self.ground_trunk if self.aerial_trunk is None else self.aerial_trunk)(aerial, noise)
         if self.config.head.kind == "global_pool":
             return _unit(features.amax((2, 3)))
         return _descriptor(functional.relu(self.aerial_projection(features)))
@@ -80,8 +90,8 @@ class CrossViewModel(nn.Module):
             )
         return self.transport.transport(self._ground_features(ground))
 
-    def _ground_features(self, ground: Tensor) -> Tensor:
-        features: Tensor = self.resize(functional.relu(self.ground_projection(self.ground_trunk(ground))))
+    def _ground_features(self, ground: Tensor, noise: Tensor | None = None) -> Tensor:
+        features: Tensor = self.resize(functional.relu(self.ground_projection(self.ground_trunk(ground, noise))))
         return features
 
 

@@ -63,6 +63,8 @@ class TrainConfig:
         seed: Fixes the initial weights, the order of the pairs and the dropout.
         num_epochs: Passes over the training split.
         batch_size: Pairs in a global batch, over all workers; every pair is a negative for every other.
+        chunk_size: Pairs that a worker holds in memory at a time; the same gradients for one more forward pass. Null
+            means all of its pairs.
         workers: Ray Train workers; 1 trains in this process without Ray.
         use_gpu: Give each worker a GPU.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
@@ -74,6 +76,7 @@ class TrainConfig:
     seed: int = 0
     num_epochs: int = 100
     batch_size: int = 32
+    chunk_size: int | None = None
     workers: int = 2
     use_gpu: bool = False
     evaluate_every: int = 1
@@ -86,6 +89,8 @@ class TrainConfig:
         for name in ("num_epochs", "workers", "evaluate_every"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
         require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
+        chunk_size = self.chunk_size
+        require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")
         size, workers = self.batch_size, self.workers
         require(size % workers == 0, f"batch_size: {size} must be a multiple of train.workers={workers}")
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")

@@ -31,14 +31,14 @@ from pipeline.tracking.runs import Run, open_run
 from pipeline.tracking.server import prepare
 
 RUN_FILE = "run.json"
-# What may differ when a run is continued: where things lie and what computes. The numbers stay the same to rounding,
-# but for dropout, whose masks depend on the number of workers.
+# What may differ when a run is continued: where things lie and what computes. The numbers stay the same to rounding.
 _FREE_KEYS = (
     "output",
     "data.manifest",
     "data.cache",
     "data.cache_gb",
     "data.num_threads",
+    "train.chunk_size",
     "train.workers",
     "train.use_gpu",
     "train.max_failures",

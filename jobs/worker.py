@@ -124,6 +124,7 @@ class _Training:
             learning_rate=self._schedule,
             first_step=epoch * self._train_loader.num_steps,
             seed=self._config.train.seed,
+            chunk_size=self._config.train.chunk_size,
             on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
         )
 

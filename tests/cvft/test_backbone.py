@@ -78,11 +78,15 @@ def test_dropout_acts_in_the_last_two_blocks_while_training_only():
     torch.manual_seed(0)
     image = torch.randn(1, 3, 32, 32)
     trunk = Trunk(SMALL).train()
-    assert torch.equal(trunk._run(image, range(3)), trunk._run(image, range(3)))
-    early = trunk._run(image, range(3))
+    assert torch.equal(trunk._run(image, range(3), None), trunk._run(image, range(3), None))
+    early = trunk._run(image, range(3), None)
     for block in (3, 4):
-        features = trunk._run(early, range(3, block + 1))
-        assert not torch.equal(features, trunk._run(early, range(3, block + 1)))
+        first, again, other = (
+            trunk._run(early, range(3, block + 1), torch.tensor([word], dtype=torch.int32)) for word in (1, 1, 2)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+    assert not torch.equal(trunk(image), trunk(image))  # drawn from torch's generator
     trunk.eval()
     assert torch.equal(trunk(image), trunk(image))
 

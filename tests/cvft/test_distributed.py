@@ -1,15 +1,18 @@
 import copy
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cvft.config import LossConfig
 from cvft.distributed import World, current_world, gather, gather_with_gradient, unwrap, wrap_ddp
 from cvft.engine import embed, evaluate, train_epoch
+from cvft.gradients import Forward, compute_gradients
 from cvft.loss import Loss, build_loss
 from tests.cvft.tiny import TinyModel, eval_batches, preprocess, train_batches
 from tests.distributed_helper import run_distributed
@@ -65,6 +68,43 @@ def _check_steps() -> None:
                 assert (mine.grad - theirs.grad).abs().max() <= tolerance * mine.grad.abs().max()
 
 
+def _count_bucket(counted: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average as DDP does, and count."""
+    counted.append(bucket.index())
+    average = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return average.then(lambda done: done.value()[0] / current_world().size)
+
+
+def _check_steps_in_chunks_with_dropout() -> None:
+    """Dropout, chunks, the mask and the temperature at once: what one process computes in one pass."""
+    world = current_world()
+    (whole,) = train_batches(1, size=16)
+    (mine,) = train_batches(1, size=16, rank=world.rank, world=world.size)
+    for config in LOSSES:
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-10)):
+            forward = Forward(preprocess=lambda pixels, to=dtype: preprocess(pixels).to(to), seed=1, step=2)
+            alone = TinyModel(dropout=0.25, dtype=dtype)
+            together = wrap_ddp(copy.deepcopy(alone))
+            counted: list[int] = []
+            together.register_comm_hook(counted, _count_bucket)
+            one_loss, loss = build_loss(config), build_loss(config)
+            expected = one_loss(*forward(alone, whole, slice(0, 16)), location_m=whole.location_m)
+            expected.backward()
+            for repetition in (1, 2):
+                together.zero_grad()
+                loss.zero_grad()
+                found = compute_gradients(together, mine, forward=replace(forward, chunk_size=3), loss=loss)
+                assert counted == [0] * repetition  # the gradients travel once a step, after the last chunk
+            torch.testing.assert_close(found, expected.detach(), rtol=tolerance, atol=0)
+            for ones, others in ((alone, unwrap(together)), (one_loss, loss)):
+                gradients = [
+                    (one.grad, other.grad) for one, other in zip(ones.parameters(), others.parameters(), strict=True)
+                ]
+                # Of the module's largest: a bias's gradient is a small sum of large terms of both signs.
+                largest = max((one.abs().max() for one, _ in gradients), default=0)
+                assert all((one - other).abs().max() <= tolerance * largest for one, other in gradients)
+
+
 def _check_gather() -> None:
     world = current_world()
     rows = torch.arange(6 * world.size * 2).reshape(-1, 2)
@@ -116,6 +156,7 @@ def _check_train_and_evaluate() -> None:
 def _check_all() -> None:
     _check_gather()
     _check_steps()
+    _check_steps_in_chunks_with_dropout()
     _check_train_and_evaluate()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.batch import Batch
+from cvft.noise import derive, dropout
 
 
 class TinyModel(nn.Module):
@@ -19,8 +20,12 @@ class TinyModel(nn.Module):
         self.aerial = nn.Linear(5 * 5 * 3, 16, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ground: Tensor, aerial: Tensor) -> tuple[Tensor, Tensor]:
-        ground, aerial = self.ground(self.dropout(ground)), self.aerial(self.dropout(aerial))
+    def forward(self, ground: Tensor, aerial: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if noise is not None and self.training and self.dropout.p > 0:
+            ground, aerial = (
+                dropout(view, self.dropout.p, derive(noise, i)) for i, view in enumerate((ground, aerial))
+            )
+        ground, aerial = self.ground(ground), self.aerial(aerial)
         return functional.normalize(ground, dim=1), functional.normalize(aerial, dim=1)
 
 

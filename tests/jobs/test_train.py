@@ -97,13 +97,12 @@ def test_a_split_that_the_manifest_lacks_is_refused_before_anything_is_written(t
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_ray_workers_train_what_one_process_trains(tiny, ray_cluster, manifest_uri, tmp_path, monkeypatch):
-    # Without dropout: its masks depend on the rank.
-    settings = ["train.num_epochs=2", "model.backbone.dropout=0.0"]
+    settings = ["train.num_epochs=2", "model.backbone.dropout=0.2"]
     alone = train.train(tiny("name=alone", *settings))
     # Ray's workers run in folders of their own: relative paths are those of the command.
     monkeypatch.chdir(tmp_path)
     places = ["output=elsewhere", f"data.manifest={os.path.relpath(manifest_uri)}"]
-    both = train.train(tiny("name=both", *settings, *places, "train.workers=2"))
+    both = train.train(tiny("name=both", *settings, *places, "train.workers=2", "train.chunk_size=1"))
     assert both["checkpoint"].startswith(f"{tmp_path}/elsewhere/both/")
     ours, theirs = (read_info(_newest(run)).training["epochs"] for run in (both, alone))
     assert [epoch["loss"] for epoch in ours] == pytest.approx([epoch["loss"] for epoch in theirs], abs=1e-5)
