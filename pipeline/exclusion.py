@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.sources.base import Problem, SourceScan, printable
 from pipeline.storage import Store
 
 EXCLUDED_BY_LIST = "excluded_by_list"
+_COMMENT = re.compile(r"(?:^|\s)#")  # a key may hold a #, but neither begin with one nor hold a blank
 
 
 def read_exclusions(uri: str | Path) -> dict[str, str]:
@@ -26,8 +28,8 @@ def read_exclusions(uri: str | Path) -> dict[str, str]:
         text = Store.from_uri(folder).read_bytes(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is no exclusion list: {error}; write one key a line in UTF-8") from None
-    lines = (line.partition("#") for line in text.splitlines())
-    return {key.strip(): comment.strip() for key, _, comment in lines if key.strip()}
+    lines = ([*_COMMENT.split(line, maxsplit=1), ""] for line in text.splitlines())
+    return {key.strip(): comment.strip() for key, comment, *_ in lines if key.strip()}
 
 
 def leave_out(scan: SourceScan, exclusions: Mapping[str, str], *, named_by: str) -> SourceScan:

@@ -16,7 +16,7 @@ from pipeline.storage import FileStatus
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
 MAX_KEY_BYTES = 100 - len(".aerial.jpg")
 _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
-_KEY = re.compile(r"[^./\\\s]+")
+_KEY = re.compile(r"(?!#)[^./\\\s]+")  # lists of keys have comments behind a #
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class RowChecker:
 def key_trouble(key: str) -> str:
     """Return why `key` cannot name members of a tar, or an empty string."""
     if not _KEY.fullmatch(key):
-        return "is empty or has a dot, a slash or white space"
+        return "is empty or has a dot, a slash or white space, or begins with #"
     if not _is_utf8(key):
         return "is not UTF-8"
     if len(key.encode()) > MAX_KEY_BYTES:
