@@ -119,7 +119,10 @@ def _read_card(manifest: Manifest, row: Mapping[str, Any]) -> Card:
             raise ShardError(
                 f"{shard}, key {row['key']}: the {role} image is damaged; `cvft verify` tells what else is"
             )
-        pictures[role] = thumbnail(image, 2 * _WIDTHS_PX[role])
+        try:
+            pictures[role] = thumbnail(image, 2 * _WIDTHS_PX[role])
+        except DataError as error:
+            raise DataError(f"{shard}, key {row['key']}: {role} image: {error}") from None
         sizes.append(f"{role} {row[f'{role}_width_px']}x{row[f'{role}_height_px']}, {_size(len(image))}")
     return Card(ground=pictures["ground"], aerial=pictures["aerial"], title=row["key"], lines=[*_about(row), *sizes])
 
