@@ -13,12 +13,14 @@ from jobs.entry import LOGGER
 
 
 @contextlib.contextmanager
-def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
+def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[None]:
     """Be connected to Ray inside the block; a Ray started here ends with it, one that was there stays.
 
     Args:
         num_cpus: CPUs that a Ray started here offers at the least, so that a machine with fewer cores does not wait
             for cores it will never have.
+        has_dashboard: Whether a Ray started here has its dashboard. Ray Train asks its state API whether a training is
+            still alive; plain tasks do without, and Ray starts sooner.
     """
     if ray.is_initialized():
         yield
@@ -32,13 +34,12 @@ def ray_session(*, num_cpus: int = 1) -> Iterator[None]:
             reason = " ".join(str(error).split())
             raise ClusterError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {reason}") from error
     else:
-        # With its dashboard: Ray Train asks its state API whether a training is still alive.
         # Ray 2.60 turns on token authentication unless told; this Ray listens to this machine alone.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, num_cpus)
         LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
-        ray.init("local", num_cpus=cpus, include_dashboard=True, configure_logging=False)
+        ray.init("local", num_cpus=cpus, include_dashboard=has_dashboard, configure_logging=False)
     try:
         yield
     finally:

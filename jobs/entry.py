@@ -136,6 +136,8 @@ class Progress:
     def __call__(self, done: int, total: int, *, before: int = 0, details: str = "") -> None:
         """Tell that `done` of `total` are finished, `before` of them already at the beginning."""
         now = time.monotonic()
+        if self._printed == 0.0 and done == before:  # what came before, such as Ray's start, is no part of the rate
+            self._started = now
         is_terminal = sys.stderr.isatty()
         interval_s = 0.2 if is_terminal else LINE_INTERVAL_S
         if done < total and now - self._printed < interval_s:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from functools import partial
 from typing import Any
 
 from cvft.config import PreprocessConfig
@@ -93,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         exclude=arguments.exclude,
         rebuild=arguments.rebuild,
     )
-    runner = OnRay(window=arguments.window, session=ray_session)
+    runner = OnRay(window=arguments.window, session=partial(ray_session, has_dashboard=False))
     made = build_shards(arguments.root, arguments.store, options, runner=runner, progress=ShardingProgress())
     for problem in made.excluded[:_NUM_NAMED]:
         entry.LOGGER.warning("left out: %s", problem)

@@ -47,7 +47,7 @@ class ShardResult:
         num_retries: Tasks that were tried again.
         changes: Pairs by what became of them since the manifest before: kept, new, rewritten, dropped.
         seconds: Time this call took.
-        problems: How often each kind of problem occurs in the raw data.
+        problems: How often each kind of problem occurs in the lists and in the images that this call read.
         excluded: The problems that kept listed pairs out.
     """
 

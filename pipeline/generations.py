@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.checks import ROLES, load_pair
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, canonical_json
 from pipeline.profile import ORIGINAL
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, PairSource
-from pipeline.shards import original_hashes, pair_facts
+from pipeline.shards import original_hashes
 from pipeline.sources.base import Problem, SourceScan
 from pipeline.storage import Store
 
@@ -78,6 +78,7 @@ class Stamps:
 
     def __init__(self, known: Mapping[str, int]) -> None:
         self._known = known
+        self._recognised: set[str] = set()
 
     @classmethod
     def read(cls, store: Store, digest: str) -> Stamps:
@@ -99,9 +100,12 @@ class Stamps:
     def knows(self, pair: PairSource, *, check_images: bool) -> bool:
         """Tell whether the pair's files are as they were, decoded then if they are to be."""
         known = self._known.get(pair.key)
-        return known is not None and (
-            known == _stamp(pair, is_checked=True) or (not check_images and known == _stamp(pair, is_checked=False))
-        )
+        if known is None:
+            return False
+        if known == _stamp(pair, is_checked=True) or (not check_images and known == _stamp(pair, is_checked=False)):
+            self._recognised.add(pair.key)
+            return True
+        return False
 
     def write(self, store: Store, digest: str, pairs: Sequence[PairSource], *, check_images: bool) -> None:
         """Write the stamps of `pairs`, all read by now, beside the manifest of that digest.
@@ -110,9 +114,7 @@ class Stamps:
             StoreError: The store cannot be written.
         """
         new = {
-            pair.key: self._known[pair.key]
-            if self.knows(pair, check_images=check_images)
-            else _stamp(pair, is_checked=check_images)
+            pair.key: self._known[pair.key] if pair.key in self._recognised else _stamp(pair, is_checked=check_images)
             for pair in pairs
         }
         if new == self._known:
@@ -225,8 +227,13 @@ def _doubts(
 
 
 def _facts(pair: PairSource) -> tuple[object, ...]:
-    facts = pair_facts(pair)
-    return tuple(facts[name] for name in _FACTS)
+    place = pair.location
+    where = (
+        (place.latitude_deg, place.longitude_deg, place.heading_deg, place.easting_m, place.northing_m)
+        if place
+        else (None,) * 5
+    )
+    return pair.location_id, *where, canonical_json(pair.metadata) if pair.metadata else None
 
 
 def _has_rows_of(pair: PairSource, rows_px: tuple[object, ...], base: Manifest) -> bool:

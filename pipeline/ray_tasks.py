@@ -41,7 +41,7 @@ class Runner(Protocol):
     def run(
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
     ) -> Iterator[tuple[int, Output]]:
-        """Yield (number of the input, output) as they are finished; call `tick` now and then while waiting."""
+        """Yield (number of the input, output) as they are finished; call `tick` at the beginning and now and then."""
         ...
 
 
@@ -55,8 +55,8 @@ class Here:
     ) -> Iterator[tuple[int, Output]]:
         """See `Runner`."""
         for number, content in enumerate(inputs):
-            yield number, function(content)
             tick()
+            yield number, function(content)
 
 
 class OnRay:
@@ -92,6 +92,7 @@ class OnRay:
     def _run(
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
     ) -> Iterator[tuple[int, Output]]:
+        tick()
         size = self._window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         # Ray's own retries are off: it would try again in silence.
         task = ray.remote(max_retries=0)(_run_later)

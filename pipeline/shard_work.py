@@ -77,7 +77,6 @@ class ShardWork:
         self._num_pairs_found = self._num_pairs_done = sum(len(spec.pairs) for spec in specs if spec not in missing)
         if self._entries:
             _LOGGER.info("%d of %d shards were finished by an earlier run", len(self._entries), len(specs))
-        self._tell()
         tasks = [(spec, self._store.uri()) for spec in missing]
         for number, num_bytes in self._runner.run(_write_shard_task, tasks, self._tell):
             spec = missing[number]
