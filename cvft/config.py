@@ -166,6 +166,7 @@ class OptimizerConfig:
         weight_decay: Applied to matrices and kernels, never to biases.
         schedule: `constant` (the paper's) or `cosine`, down to zero over the whole training.
         warmup_fraction: Part of all steps over which the rate rises linearly from zero.
+        max_gradient_norm: Gradients whose norm over all parameters is larger are scaled down to it; none never does.
     """
 
     kind: Literal["adam", "adamw"] = "adam"
@@ -173,8 +174,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_fraction: float = 0.0
+    max_gradient_norm: float | None = None
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"learning_rate: {self.learning_rate} must be positive")
         require(self.weight_decay >= 0, f"weight_decay: {self.weight_decay} must not be negative")
         require(0 <= self.warmup_fraction < 1, f"warmup_fraction: {self.warmup_fraction} must lie in [0, 1)")
+        norm = self.max_gradient_norm
+        require(norm is None or norm > 0, f"max_gradient_norm: {norm} must be positive, or null for no limit")

@@ -24,8 +24,27 @@ from cvft.distributed import current_world, gather, unwrap
 from cvft.errors import DataError, TrainingError
 from cvft.gradients import Forward, Preprocessor, compute_gradients
 from cvft.loss import Loss
+from cvft.optim import clip_gradients
 from cvft.pair_retrieval import rank_pairs
 from cvft.retrieval import RetrievalResult
+
+
+class DivergenceError(TrainingError):
+    """A step whose loss or gradients are not finite; raised on every rank, with the weights as they were before it.
+
+    Both losses are bounded on unit vectors, so that a training that explodes shows in the gradients first.
+
+    Attributes:
+        step: Number of the step.
+        index: int64 [B], the pairs of the global batch.
+        batch: This rank's part of it.
+    """
+
+    def __init__(self, message: str, *, step: int, index: Tensor, batch: Batch) -> None:
+        super().__init__(message)
+        self.step = step
+        self.index = index
+        self.batch = batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +54,7 @@ class StepReport:
     Attributes:
         step: Number of the step in the whole training, counted from 0.
         loss: Loss of the global batch before the step.
+        gradient_norm: Norm of the gradients over all parameters, before they were clipped.
         learning_rate: Rate of this step.
         pairs_per_s: Pairs of the global batch per second, waiting for data included.
         data_wait_s: Time until the batch was there.
@@ -43,6 +63,7 @@ class StepReport:
 
     step: int
     loss: float
+    gradient_norm: float
     learning_rate: float
     pairs_per_s: float
     data_wait_s: float
@@ -94,6 +115,7 @@ def train_epoch(
     first_step: int,
     seed: int,
     chunk_size: int | None = None,
+    max_gradient_norm: float | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> EpochReport:
     """Train on the given batches, one step each.
@@ -110,11 +132,12 @@ def train_epoch(
         seed: Of dropout and all else that is random in a step, see `Forward`; the caller's generator state is
             overwritten.
         chunk_size: Pairs of one forward pass of a rank; none means all of its pairs. See `cvft.gradients`.
+        max_gradient_norm: Larger gradients are scaled down to it; none never does.
         on_step: Called after every step, on every rank.
 
     Raises:
-        TrainingError: The loss is not finite (the weights are still those before the step), no negative is left, or
-            there is no batch.
+        DivergenceError: The loss or a gradient is not finite.
+        TrainingError: No negative is left, or there is no batch.
     """
     model.train()
     device = next(model.parameters()).device
@@ -123,18 +146,18 @@ def train_epoch(
     num_pairs = 0
     for step, (batch, wait_s) in enumerate(_with_wait(batches), first_step):
         begun = time.perf_counter()
-        rate = learning_rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = _set_rate(optimizer, learning_rate(step))
         forward = Forward(preprocess=preprocess, seed=seed, step=step, chunk_size=chunk_size)
-        value = _train_step(model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer)
+        value, norm = _train_step(
+            model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer, max_norm=max_gradient_norm
+        )
         step_s = time.perf_counter() - begun
         pairs = len(batch.index) * current_world().size
         num_pairs += pairs
         losses.append(value)
         if on_step is not None:
             times = {"pairs_per_s": pairs / (wait_s + step_s), "data_wait_s": wait_s, "step_s": step_s}
-            on_step(StepReport(step=step, loss=value, learning_rate=rate, **times))
+            on_step(StepReport(step=step, loss=value, gradient_norm=norm, learning_rate=rate, **times))
     if not losses:
         raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
     seconds = time.perf_counter() - started
@@ -150,22 +173,37 @@ def _with_wait(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
         asked = time.perf_counter()
 
 
-def _train_step(model: nn.Module, batch: Batch, *, forward: Forward, loss: Loss, optimizer: Optimizer) -> float:
+def _set_rate(optimizer: Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _train_step(
+    model: nn.Module, batch: Batch, *, forward: Forward, loss: Loss, optimizer: Optimizer, max_norm: float | None
+) -> tuple[float, float]:
+    """Return the loss and the norm of its gradients."""
     optimizer.zero_grad(set_to_none=True)
     value = compute_gradients(model, batch, forward=forward, loss=loss)
+    norm = clip_gradients(optimizer, max_norm)
     # Read after the backward is queued, so that a GPU does not idle between the two, and before the weights are
     # touched.
-    number = value.item()
-    if not np.isfinite(number):
-        # Every rank computed the same loss from the same gathered descriptors, so all of them come here.
-        index = gather(batch.index).tolist()
-        raise TrainingError(
-            f"step {forward.step}: the loss is {number} on the pairs {index};"
-            " lower the learning rate, or look at these pairs"
+    numbers: tuple[float, float] = (value.item(), norm.item())
+    if not np.isfinite(numbers).all():
+        # Every rank computed the same loss from the same descriptors and has the same averaged gradients, so all of
+        # them come here.
+        index = gather(batch.index)
+        what = f"the loss is {numbers[0]}" if not np.isfinite(numbers[0]) else f"the gradient's norm is {numbers[1]}"
+        raise DivergenceError(
+            f"step {forward.step}: {what} on the pairs {index.tolist()};"
+            " lower the learning rate, or look at these pairs",
+            step=forward.step,
+            index=index,
+            batch=batch,
         )
     optimizer.step()
     loss.clamp_parameters()
-    return number
+    return numbers
 
 
 @torch.no_grad()

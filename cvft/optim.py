@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from cvft.config import OptimizerConfig
@@ -32,6 +32,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, loss: nn.Modul
         {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     return kinds[config.kind](groups, lr=config.learning_rate)
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """Scale all gradients of the optimizer down to a common norm of `max_norm`, where they are larger.
+
+    Returns:
+        Scalar, their norm before; under DDP, where gradients are averaged already, the same on every rank.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def build_schedule(config: OptimizerConfig, *, num_steps: int) -> Callable[[int], float]:

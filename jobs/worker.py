@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from cvft.checkpoint import CheckpointInfo, restore_training
 from cvft.distributed import current_world, wrap_ddp
-from cvft.engine import EpochReport, StepReport, evaluate, train_epoch
+from cvft.engine import DivergenceError, EpochReport, StepReport, evaluate, train_epoch
+from cvft.errors import TrainingError
 from cvft.loss import build_loss
 from cvft.model import CrossViewModel, build_model
 from cvft.optim import build_optimizer, build_schedule
@@ -30,6 +32,7 @@ from pipeline.dataset import PairDataset
 from pipeline.evaluation import Queries
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
+from pipeline.storage import Store
 
 Metrics = dict[str, float]
 OnEpoch = Callable[[Metrics], None]
@@ -92,7 +95,8 @@ class _Training:
         manifest = Manifest.load(config.data.manifest)
         self._manifest_digest = manifest.digest
         self._cache = _open_cache(config.data)
-        self._train_loader = self._loader(PairDataset(manifest, config.data.train_split, cache=self._cache))
+        self._train_set = PairDataset(manifest, config.data.train_split, cache=self._cache)
+        self._train_loader = self._loader(self._train_set)
         self._eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache)
         self._num_eval_pairs = len(self._eval_set)
         splits = config.data.eval_split, config.data.train_split
@@ -115,18 +119,31 @@ class _Training:
         """Train on every batch of an epoch."""
         batches = self._train_loader.train_batches(epoch)
         self._eval_set.prefetch()  # its shards come after those of the epoch
-        return train_epoch(
-            self._parallel,
-            batches,
-            preprocess=self._preprocess,
-            loss=self._loss,
-            optimizer=self._optimizer,
-            learning_rate=self._schedule,
-            first_step=epoch * self._train_loader.num_steps,
-            seed=self._config.train.seed,
-            chunk_size=self._config.train.chunk_size,
-            on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
-        )
+        try:
+            return train_epoch(
+                self._parallel,
+                batches,
+                preprocess=self._preprocess,
+                loss=self._loss,
+                optimizer=self._optimizer,
+                learning_rate=self._schedule,
+                first_step=epoch * self._train_loader.num_steps,
+                seed=self._config.train.seed,
+                chunk_size=self._config.train.chunk_size,
+                max_gradient_norm=self._config.train.optimizer.max_gradient_norm,
+                on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
+            )
+        except DivergenceError as error:
+            keys = [self._train_set.keys[row] for row in error.index.tolist()]
+            raise TrainingError(f"{error}; keys {keys}, pixels in {self._save_batch(error)}") from error
+
+    def _save_batch(self, error: DivergenceError) -> str:
+        """Write this rank's part of a batch on which the training diverged, and return the folder of all parts."""
+        store, folder = Store.from_uri(self._config.folder), f"diverged/step-{error.step:08d}"
+        names = "ground", "aerial", "index", "location_m"
+        tensors = {name: getattr(error.batch, name).cpu().contiguous() for name in names}
+        store.write_bytes(f"{folder}/rank-{self._world.rank}.safetensors", safetensors.torch.save(tensors))
+        return store.uri(folder)
 
     def evaluate_and_save(self, done: int, report: EpochReport) -> Metrics:
         """Measure recall after `done` epochs; rank 0 writes the checkpoint."""

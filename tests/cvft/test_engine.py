@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cvft.config import LossConfig, OptimizerConfig
-from cvft.engine import EpochReport, StepReport, embed, evaluate, train_epoch
+from cvft.engine import DivergenceError, EpochReport, StepReport, embed, evaluate, train_epoch
 from cvft.errors import DataError, TrainingError
 from cvft.loss import build_loss
 from cvft.optim import build_optimizer, build_schedule
@@ -97,7 +97,9 @@ def test_a_loss_that_is_not_finite_names_step_and_pairs_and_leaves_the_weights_a
     def broken(pixels: torch.Tensor) -> torch.Tensor:
         return preprocess(pixels) * math.nan
 
-    with pytest.raises(TrainingError, match=r"step 7: the loss is nan on the pairs \[4, 5, 6, 7\]; lower the learning"):
+    with pytest.raises(
+        DivergenceError, match=r"step 7: the loss is nan on the pairs \[4, 5, 6, 7\]; lower the"
+    ) as caught:
         train_epoch(
             model,
             [bad],
@@ -109,7 +111,54 @@ def test_a_loss_that_is_not_finite_names_step_and_pairs_and_leaves_the_weights_a
             seed=0,
         )
     assert torch.equal(_weights(model), before)
+    assert (caught.value.step, caught.value.index.tolist()) == (7, [4, 5, 6, 7])
+    assert torch.equal(caught.value.batch.ground, bad.ground)
     _train(model, build_optimizer(model, OPTIMIZER), [good])
+
+
+def test_gradients_that_are_not_finite_stop_a_step_whose_loss_is():
+    class Exploding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.inf
+
+    model = TinyModel()
+    before = _weights(model).clone()
+    model.register_forward_hook(lambda module, inputs, outputs: (Exploding.apply(outputs[0]), outputs[1]))
+    with pytest.raises(DivergenceError, match=r"step 2: the gradient's norm is (nan|inf) on the pairs \[0, 1, 2, 3\]"):
+        _train(model, build_optimizer(model, OPTIMIZER), train_batches(1, size=4), first_step=2)
+    assert torch.equal(_weights(model), before)
+
+
+def test_gradients_are_scaled_down_to_the_given_norm_of_all_parameters_and_no_further():
+    moves, norms = {}, {}
+    for max_norm in (None, 1e6, 0.25):
+        model, loss = TinyModel(), build_loss(LossConfig(kind="info_nce"))
+        start, steps = _weights(model).clone(), []
+        start_scale = loss.log_scale.item()
+        train_epoch(
+            model,
+            train_batches(1),
+            preprocess=preprocess,
+            loss=loss,
+            optimizer=torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=1.0),
+            learning_rate=lambda step: 1.0,
+            first_step=0,
+            seed=0,
+            max_gradient_norm=max_norm,
+            on_step=steps.append,
+        )
+        moves[max_norm] = torch.cat([_weights(model) - start, loss.log_scale.detach()[None] - start_scale])
+        norms[max_norm] = steps[0].gradient_norm
+    assert norms[None] == norms[1e6] == norms[0.25] > 1
+    assert moves[None].norm().item() == pytest.approx(norms[None], rel=1e-4)
+    assert torch.equal(moves[None], moves[1e6])
+    assert moves[0.25].norm().item() == pytest.approx(0.25, rel=1e-3)
+    torch.testing.assert_close(moves[0.25] / 0.25, moves[None] / norms[None], rtol=1e-3, atol=1e-5)
 
 
 def test_an_epoch_without_batches_is_refused():

@@ -51,6 +51,19 @@ def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_b
     assert losses[0] == losses[1]
 
 
+def test_a_training_that_diverges_names_the_keys_and_keeps_the_pixels(tiny, tmp_path, manifest_uri, monkeypatch):
+    def diverge(*arguments, **options):
+        (batch, *_) = arguments[1]
+        raise train.worker.DivergenceError("step 5: nan", step=5, index=batch.index, batch=batch)
+
+    monkeypatch.setattr(train.worker, "train_epoch", diverge)
+    with pytest.raises(TrainingError, match=r"step 5: nan; keys \['\w+', .*\], pixels in .*diverged/step-00000005"):
+        train.train(tiny("train.num_epochs=1"))
+    saved = safetensors.torch.load_file(tmp_path / "runs/town/diverged/step-00000005/rank-0.safetensors")
+    assert saved["ground"].shape == (4, 32, 176, 3)
+    assert saved["index"].shape == (4,)
+
+
 def test_a_finished_run_is_only_reported_and_keeps_its_mlflow_run(tiny):
     first = train.train(tiny("train.num_epochs=2"))
     again = train.train(tiny("train.num_epochs=2"))
