@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import boto3
 import pytest
 from pyarrow import fs
@@ -77,3 +81,33 @@ def test_arrow_writes_and_reads_the_same_files(radosgw_uri):
         stream.write(b"12345")
     assert store.read_bytes("a.bin") == b"12345"
     assert filesystem.get_file_info(f"{root}/a.bin").type == fs.FileType.File
+
+
+_STREAM = """
+import json, os, resource, sys
+from pipeline.storage import Store
+
+store = Store.from_uri(sys.argv[1])
+store.exists("a")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+chunk = os.urandom(100_000)
+with store.open_output("a") as stream:
+    for _ in range(3000):
+        stream.write(chunk)
+written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with store.open_input("a") as stream:
+    num_bytes = 0
+    while data := stream.read(1 << 20):
+        num_bytes += len(data)
+read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"num_bytes": num_bytes, "writing_kb": written - before, "reading_kb": read - written}))
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded_while_300_mb_stream_by(radosgw_uri):
+    done = subprocess.run([sys.executable, "-c", _STREAM, radosgw_uri], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["num_bytes"] == 300_000_000
+    assert told["writing_kb"] < 110_000  # 64 MiB of parts, and what the allocator keeps
+    assert told["reading_kb"] < 20_000
