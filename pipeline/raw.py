@@ -64,12 +64,15 @@ class RawFolder:
         """Return size and stamp of the file at `path`, or None if there is no such file (a folder is none).
 
         Raises:
+            DataError: A local folder on the way may not be entered.
             StoreError: The object store cannot be listed.
         """
         if self._store is not None:
             return self._listing(self._store).get(posixpath.normpath(path))
         try:
             found = os.stat(self._full(path))
+        except PermissionError as error:  # or else a whole dataset would seem to be missing
+            raise DataError(f"{self._full(path)}: cannot be read: {error.strerror}") from None
         except (OSError, ValueError):  # a ValueError: the name has a null byte
             return None
         return FileStatus(found.st_size, str(found.st_mtime_ns)) if stat.S_ISREG(found.st_mode) else None

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 from pipeline.raw import RawFolder
@@ -19,7 +20,7 @@ _SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 _KEY = re.compile(r"(?!#)[^./\\\s]+")  # lists of keys have comments behind a #
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One thing that is wrong with the raw data.
 
@@ -106,11 +107,12 @@ class Row:
 class RowChecker:
     """Turns listed rows into usable pairs: checks keys, repeats and files, and keeps count of everything else."""
 
-    def __init__(self, root: RawFolder, *, missing_hint: str = "") -> None:
+    def __init__(self, root: RawFolder, *, missing_hint: str = "", is_suffix_sure: bool = False) -> None:
         self.pairs: list[PairSource] = []
         self.problems: list[Problem] = []
         self._root = root
         self._missing_hint = missing_hint
+        self._is_suffix_sure = is_suffix_sure  # spares looking for each missing file under other suffixes
         self._seen: dict[str, Row] = {}
         self._good_splits: set[str] = set()
 
@@ -175,7 +177,7 @@ class RowChecker:
         """Return an image's path and status, or None (and note why) if it cannot be used."""
         status = self._root.status(path)
         if status is None:
-            listed, path = path, self._of_other_suffix(path)
+            listed, path = path, "" if self._is_suffix_sure else self._of_other_suffix(path)
             status = self._root.status(path) if path else None
             if status is None:
                 detail = f"listed in {row.listed_in}, no such file{self._missing_hint}"
@@ -237,6 +239,11 @@ def unusable_summary(problems: Sequence[Problem], *, num_usable: int) -> str:
         return "" if num_usable else "no pair is listed"
     kinds = ", ".join(f"{kind} {count}" for kind, count in count_kinds(unusable).items())
     return f"{num_usable} pairs are usable, others are not ({kinds}); first: {unusable[0]}"
+
+
+def nestings(*names: str) -> tuple[str, ...]:
+    """Return the folders, shallow ones first, that unpacking makes of folders of these names, one to three deep."""
+    return ("", *("/".join(parts) for depth in (1, 2, 3) for parts in product(names, repeat=depth)))
 
 
 def join(folder: str, name: str) -> str:

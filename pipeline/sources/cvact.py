@@ -22,10 +22,10 @@ from pyproj import Transformer
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import TEST, TRAIN, VAL, ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings
 from pipeline.sources.matlab import INDEX_FIELDS, ActData, read_act_data
 
-BASES = ("", "CVACT", "CVACT/dataset", "dataset")
+BASES = nestings("CVACT", "dataset", "data")
 LIST = "ACT_data.mat"
 SMALL, LARGE = "ANU_data_small", "ANU_data_test"
 HALVES = {TRAIN: SMALL, VAL: SMALL, TEST: LARGE}
@@ -71,7 +71,7 @@ class CvactSource:
         halves = _halves(root, base)
         data, name = _read_list(root, base)
         wanted = _wanted(root, halves, data, split=split)
-        checker = RowChecker(root, missing_hint=_MISSING_HINT)
+        checker = RowChecker(root, missing_hint=_MISSING_HINT, is_suffix_sure=True)
         _note_absent(checker, halves, data, split=split)
         locations = _Locations(data.utm_m)
         files = {half: _HalfFiles(root, folder) for half, folder in halves.items()}

@@ -14,10 +14,11 @@ import math
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join, printable, some_names
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings, printable, some_names
 
 # Folders below the given root in which the dataset has been met.
-BASES = ("", "CVUSA", "CVUSA/dataset", "CVPR_subset", "CVUSA/CVPR_subset", "dataset")
+FOLDERS = ("CVUSA", "CVPR_subset", "dataset", "data")
+BASES = nestings(*FOLDERS)
 SPLIT_LISTS = "splits/*-19zl.csv"
 LOCATION_LISTS = ("split_locations/all.csv", "split_locations/split/all.csv", "all.csv")
 RULES = ImageRules(usual_sizes_px={"ground": ((224, 1232),), "aerial": ((750, 750),)})
@@ -28,7 +29,7 @@ _LIST_ENDING = "-19zl.csv"
 class CvusaSource:
     """The CVUSA layout, whose lists name an aerial tile, a panorama and an annotation that is not used."""
 
-    looks_for = f"{SPLIT_LISTS} (here or in {', '.join(BASES[1:])})"
+    looks_for = f"{SPLIT_LISTS} (here or in folders named {', '.join(FOLDERS)})"
 
     def detect(self, root: RawFolder) -> str | None:
         """Return the folder that holds `splits/`."""

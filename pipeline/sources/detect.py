@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
-from pipeline.sources.base import Source, SourceScan, some_names
+from pipeline.sources.base import Source, SourceScan, printable, some_names
 from pipeline.sources.cvact import CvactSource
 from pipeline.sources.cvusa import CvusaSource
 from pipeline.sources.table import TableSource
@@ -23,6 +23,7 @@ SOURCES: dict[str, Source] = {
 
 
 TABLE_SUFFIXES = (".csv", ".parquet")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: str | None = None) -> SourceScan:
@@ -49,7 +50,8 @@ def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: st
     found = {name: base for name, source in wanted.items() if (base := source.detect(folder)) is not None}
     if not found:
         raise DataError(
-            f"{root}: no known layout; looked for {_near_misses(folder, wanted)}; found: {some_names(folder)}"
+            f"{root}: no known layout{_packed(folder)}; looked for {_near_misses(folder, wanted)}; "
+            f"found: {some_names(folder)}"
         )
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
@@ -70,6 +72,12 @@ def _scan_table(folder: RawFolder, table: str, *, wanted: Mapping[str, Source], 
     if "table" not in wanted:
         raise DataError(f"{folder.uri}/{table}: is a table, which the layout {', '.join(wanted)} is not")
     return replace(SOURCES["table"].scan(table, root=folder, split=split), base=table)
+
+
+def _packed(root: RawFolder) -> str:
+    """Return a hint if the data seem not to be unpacked yet."""
+    archive = next((name for name in root.names() if name.lower().endswith(_ARCHIVES)), None)
+    return f" (but {printable(archive)}: unpack it first)" if archive else ""
 
 
 def _near_misses(root: RawFolder, wanted: Mapping[str, Source]) -> str:

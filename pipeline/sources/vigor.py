@@ -20,15 +20,16 @@ pairs is easier than published. Each is told as `reference_only`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import TRAIN, VAL, ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join, printable, some_names
+from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings, printable, some_names
 
-BASES = ("", "VIGOR", "data/VIGOR", "dataset")
+BASES = nestings("VIGOR", "dataset", "data")
 LABEL_FOLDERS = ("splits__corrected", "splits")
 SAME_AREA = {TRAIN: "same_area_balanced_train", VAL: "same_area_balanced_test"}
 CROSS_AREA = "cross-area"
@@ -190,7 +191,8 @@ def _note_references(root: RawFolder, base: str, folder: str, *, positives: set[
 
 
 def _stem(name: str) -> str:
-    return name[: -len(suffix)] if (suffix := _suffix(name)) else name
+    # Interned, because a satellite image is named in many rows.
+    return sys.intern(name[: -len(suffix)] if (suffix := _suffix(name)) else name)
 
 
 def _suffix(name: str) -> str:

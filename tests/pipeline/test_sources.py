@@ -13,7 +13,7 @@ import pytest
 from cvft.errors import DataError
 from pipeline.schema import Location
 from pipeline.sources.base import MAX_KEY_BYTES, count_kinds, count_splits, key_trouble
-from pipeline.sources.cvusa import BASES, LOCATION_LISTS
+from pipeline.sources.cvusa import LOCATION_LISTS
 from pipeline.sources.detect import open_source
 
 
@@ -27,7 +27,9 @@ def table_rows(jpeg: bytes, folder: Path, keys: list[str]) -> list[dict[str, str
 
 
 class TestCvusa:
-    @pytest.mark.parametrize("base", BASES)
+    @pytest.mark.parametrize(
+        "base", ["", "CVUSA", "CVUSA/dataset", "CVPR_subset", "data/CVUSA/CVPR_subset", "CVUSA/CVUSA"]
+    )
     @pytest.mark.parametrize("locations", LOCATION_LISTS)
     def test_every_known_layout_is_found_with_its_locations(self, base, locations, cvusa, tmp_path):
         moved = tmp_path / "user" / base
@@ -223,6 +225,11 @@ class TestDetect:
     def test_unknown_layout_says_what_was_looked_for_and_found(self, tmp_path):
         (tmp_path / "photos").mkdir()
         with pytest.raises(DataError, match=r"splits/\*-19zl\.csv.*pairs\.csv or pairs\.parquet.*found: photos"):
+            open_source(tmp_path)
+
+    def test_archive_that_is_still_packed_is_told(self, tmp_path):
+        (tmp_path / "CVUSA.zip").touch()
+        with pytest.raises(DataError, match=r"no known layout \(but CVUSA\.zip: unpack it first\)"):
             open_source(tmp_path)
 
     def test_missing_folder_is_named(self, tmp_path):
