@@ -70,7 +70,7 @@ class RawFolder:
         if self._store is not None:
             return self._listing(self._store).get(posixpath.normpath(path))
         try:
-            found = os.stat(self._full(path))
+            found = os.stat(path if path[:1] == "/" else self._prefix + path)
         except PermissionError as error:  # or else a whole dataset would seem to be missing
             raise DataError(f"{self._full(path)}: cannot be read: {error.strerror}") from None
         except (OSError, ValueError):  # a ValueError: the name has a null byte

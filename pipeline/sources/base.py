@@ -176,6 +176,8 @@ class RowChecker:
     def _file(self, row: Row, role: str, path: str) -> tuple[str, FileStatus] | None:
         """Return an image's path and status, or None (and note why) if it cannot be used."""
         status = self._root.status(path)
+        if status is not None and status.num_bytes and path.isascii():
+            return path, status
         if status is None:
             listed, path = path, "" if self._is_suffix_sure else self._of_other_suffix(path)
             status = self._root.status(path) if path else None
@@ -201,6 +203,8 @@ class RowChecker:
 
 def key_trouble(key: str) -> str:
     """Return why `key` cannot name members of a tar, or an empty string."""
+    if key.isascii() and key.isalnum() and len(key) <= MAX_KEY_BYTES:
+        return ""  # nearly all of them, at a tenth of the time
     if not _KEY.fullmatch(key):
         return "is empty or has a dot, a slash or white space, or begins with #"
     if not _is_utf8(key):

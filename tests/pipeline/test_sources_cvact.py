@@ -261,6 +261,16 @@ class TestImages:
         assert images["ground"].rows_px == rows_px
         assert images["aerial"].rows_px is None
 
+    def test_manifest_holds_the_used_rows_and_the_utm_position(self, cvact, tmp_path, make_jpeg, make_shards):
+        path = f"ANU_data_small/streetview/{IDS[3]}_grdView.jpg"
+        (cvact / path).write_bytes(make_jpeg((832, 1664), 0))
+        manifest = make_shards(cvact, str(tmp_path / "store"))
+        (row,) = manifest.split("val").to_pylist()
+        assert (row["ground_first_row_px"], row["ground_stop_row_px"]) == (208, 624)
+        assert (row["easting_m"], row["northing_m"]) == tuple(UTM_M[3])
+        assert manifest.split("test")["ground_first_row_px"].null_count == 3
+        np.testing.assert_array_equal(manifest.location_m("val")[:, :2], UTM_M[3:4])
+
     def test_originals_and_prepared_sizes_are_usual(self, cvact, make_jpeg):
         write_half(cvact / "ANU_data_small", IDS[:4], make_jpeg((112, 616), 0))
         for pano_id in IDS[:4]:
