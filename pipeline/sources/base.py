@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Layout, Location, PairSource
-from pipeline.sources.kinds import UNUSABLE_KINDS
+from pipeline.sources.kinds import KINDS, UNUSABLE_KINDS
 from pipeline.storage import FileStatus
 
 # A USTAR name holds 100 bytes, and the longest member is "<key>.aerial.jpg".
@@ -118,7 +118,7 @@ class RowChecker:
 
     def note(self, kind: str, *, key: str | None, path: str, detail: str) -> None:
         """Record a problem."""
-        self.problems.append(Problem(kind=kind, key=key, path=printable(path), detail=detail))
+        self.problems.append(Problem(kind=KINDS[kind].name, key=key, path=printable(path), detail=detail))
 
     def add(self, row: Row) -> None:
         """Take the row as a pair, or record why not."""

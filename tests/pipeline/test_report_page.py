@@ -138,3 +138,15 @@ def test_recall_rows_name_their_k_and_compare_with_chance(rule, k):
     assert [row["recall"] for row in rows] == [1.0] * 4
     assert rows[0]["chance"] == 1 / 200
     assert rows[0]["ratio"] == 200
+
+
+def test_recall_without_leaked_queries_stands_beside_the_full_one(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    result = rank_matches(query, query)
+    _, _, _, text = write(tmp_path / "with", result=result, deleaked=result.of_queries(torch.arange(12) > 1))
+    assert "de-leaked" in text
+    assert "without the 2 queries that share an image" in text
+    _, _, _, text = write(tmp_path / "without", result=result)
+    assert "de-leaked" not in text
+    assert "in the training split as well is not known" in text
