@@ -85,14 +85,15 @@ class TransportConfig:
         epsilon: Entropic regularisation in units of cost; the paper multiplies costs by 100, which is 0.01.
         num_iterations: Sinkhorn rounds, each rows first and then columns.
         gradient: `unrolled` differentiates the rounds exactly; `implicit` assumes convergence and refuses without it.
-        solver: `scaling` is the fast stabilised form; `log` is the plain loop in log space.
+        solver: `scaling` is the fast stabilised form, `triton` the same in one kernel each way, for CUDA; `log` is the
+            plain loop in log space. `auto` takes `triton` wherever it can run, and `scaling` elsewhere.
     """
 
     init: Literal["identity", "zero", "soft"] = "identity"
     epsilon: float = 0.01
     num_iterations: int = 20
     gradient: Literal["unrolled", "implicit"] = "unrolled"
-    solver: Literal["scaling", "log"] = "scaling"
+    solver: Literal["auto", "scaling", "log", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         require(self.epsilon > 0, f"epsilon: {self.epsilon} must be positive")

@@ -12,6 +12,8 @@ Shape letters: B problems, n sources, m targets.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -21,16 +23,19 @@ from torch import Tensor
 
 from cvft.configuration import require
 from cvft.errors import ConfigError
+from cvft.kernels.sinkhorn import find_obstacle, solve_fused
 from cvft.precision import full_precision
 from cvft.sinkhorn import Solution, solve_log
 from cvft.sinkhorn_implicit import ImplicitSolver
 from cvft.sinkhorn_scaling import solve_scaling
 
-Solver = Literal["scaling", "log"]
+Solver = Literal["auto", "scaling", "log", "triton"]
 Gradient = Literal["unrolled", "implicit"]
 
 CONVERGED_ERROR = 1e-3  # above it, the implicit gradient is wrong by several percent
 MASS_TOLERANCE = 1e-5  # relative; float32 sums of a few thousand entries agree to this
+_logger = logging.getLogger(__name__)
+
 EMPTY_MASS = 1e-12  # of a mean marginal, in place of zero: a logarithm that stays finite, and no sum sees it
 
 
@@ -96,7 +101,7 @@ def solve(
     problem: TransportProblem,
     *,
     num_iterations: int = 20,
-    solver: Solver = "scaling",
+    solver: Solver = "auto",
     gradient: Gradient = "unrolled",
     threshold: float | None = None,
     check_finite: bool = True,
@@ -106,7 +111,9 @@ def solve(
     Args:
         problem: Costs and marginals.
         num_iterations: Rounds at most.
-        solver: `scaling` is fast and differentiable once; `log` is the plain loop, for oracles and higher derivatives.
+        solver: `scaling` is fast and differentiable once; `triton` is the same in one kernel each way, for CUDA;
+            `log` is the plain loop, for oracles and higher derivatives. `auto` takes `triton` wherever it can run, and
+            `scaling` elsewhere.
         gradient: `unrolled` differentiates the rounds that were done, exactly: plan and potentials in cost and
             marginals. `implicit` takes the plan as converged: less memory, and the plan alone has a gradient.
         threshold: A sample's result is that of the first round that leaves its `marginal_error` at or below this,
@@ -115,8 +122,9 @@ def solve(
             waited for.
 
     Raises:
-        ConfigError: An option is unknown or out of range, a cost is NaN or -inf, a row or column is forbidden
-            altogether, or a gradient by `implicit` is wanted of a plan whose marginal error exceeds 1e-3.
+        ConfigError: An option is unknown or out of range, `triton` is named where it cannot run, a cost is NaN or -inf,
+            a row or column is forbidden altogether, or a gradient by `implicit` is wanted of a plan whose marginal
+            error exceeds 1e-3.
     """
     require(solver in get_args(Solver), f"solver: {solver!r} must be one of {', '.join(get_args(Solver))}")
     require(gradient in get_args(Gradient), f"gradient: {gradient!r} must be one of {', '.join(get_args(Gradient))}")
@@ -124,7 +132,7 @@ def solve(
     require(threshold is None or threshold > 0, f"threshold: {threshold} must be positive, or none for all rounds")
     options: dict[str, Any] = {"num_iterations": num_iterations, "threshold": threshold}
     with full_precision(problem.cost.device):
-        solution = _run(problem, solve_scaling if solver == "scaling" else solve_log, gradient, options)
+        solution = _run(problem, solver, gradient, options)
     if check_finite:
         _require_finite(solution)
     return TransportResult(
@@ -138,8 +146,9 @@ def solve(
     )
 
 
-def _run(problem: TransportProblem, run: Callable[..., Solution], gradient: str, options: dict[str, Any]) -> Solution:
+def _run(problem: TransportProblem, solver: Solver, gradient: str, options: dict[str, Any]) -> Solution:
     cost = problem.cost.to(torch.promote_types(problem.cost.dtype, torch.float32))
+    run = _choose(solver, cost)
     a, b = _marginals(problem, cost)
     if gradient == "unrolled":
         solution = run(cost, a, b, epsilon=problem.epsilon, **options)
@@ -153,6 +162,25 @@ def _run(problem: TransportProblem, run: Callable[..., Solution], gradient: str,
     return solution
 
 
+def _choose(solver: Solver, cost: Tensor) -> Callable[..., Solution]:
+    if solver in ("scaling", "log"):
+        return solve_scaling if solver == "scaling" else solve_log
+    if solver == "auto" and not cost.is_cuda:
+        return solve_scaling
+    obstacle = find_obstacle(cost)
+    if obstacle is None:
+        return solve_fused
+    if solver == "triton":
+        raise ConfigError(f"solver: triton {obstacle}; use solver=auto, which takes what can run")
+    _tell_once(f"transport by solver=scaling: the fused solver {obstacle}")
+    return solve_scaling
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    _logger.warning("%s", message)
+
+
 def _require_finite(solution: Solution) -> None:
     is_finite = solution.g.isfinite().all(1)  # whatever is wrong with a cost ends up in every target's potential
     if not is_finite.all():
@@ -164,8 +192,9 @@ def _marginals(problem: TransportProblem, cost: Tensor) -> tuple[Tensor, Tensor]
     """Return the marginals [B, n] and [B, m], given or by default, in the type of `cost` and without zeros."""
     batch, num_sources, num_targets = cost.shape
     a, b = problem.source_marginals, problem.target_marginals
-    if a is None and b is None:
-        a = cost.new_ones(num_sources)
+    if a is None and b is None:  # nothing to check or to mend, and two launches
+        ones = cost.new_ones(batch, num_sources)
+        return ones, cost.new_full((batch, num_targets), num_sources / num_targets)
     if a is None:
         a = cast(Tensor, b).sum(-1, keepdim=True) / num_sources
     if b is None:

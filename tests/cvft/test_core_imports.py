@@ -9,7 +9,7 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 ABSENT = {
     "ray", "mlflow", "webdataset", "pyarrow", "boto3", "yaml", "PIL", "cv2", "simplejpeg", "pandas", "matplotlib",
-    "tensorflow",
+    "tensorflow", "triton",
 }
 
 class Bare:
@@ -25,7 +25,8 @@ for name in ABSENT:
 
 import cvft
 for module in pkgutil.walk_packages(cvft.__path__, "cvft."):
-    importlib.import_module(module.name)
+    if not module.name.endswith("_triton"):  # device code, loaded where Triton is
+        importlib.import_module(module.name)
 
 import torch
 from cvft.config import LossConfig, OptimizerConfig
