@@ -64,6 +64,20 @@ def _read_line(
 
 
 @triton.jit
+def _read_round(
+    history_u: tl.tensor,
+    history_v: tl.tensor,
+    row: tl.tensor,
+    NUM_SOURCES: tl.constexpr,
+    NUM_TARGETS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    u = _read_line(history_u, row, NUM_SOURCES, 0.0, N)
+    return u, _read_line(history_v, row, NUM_TARGETS, 0.0, M)
+
+
+@triton.jit
 def _write_line(values: tl.tensor, line: tl.tensor, row: tl.tensor, LENGTH: tl.constexpr, SIZE: tl.constexpr) -> None:
     k = tl.arange(0, SIZE)
     tl.store(values + row.to(tl.int64) * LENGTH + k, line, mask=k < LENGTH)
@@ -81,6 +95,16 @@ def _log_step(logits: tl.tensor, marginal: tl.tensor, is_real: tl.tensor, AXIS: 
     peak = tl.where(is_real, tl.max(logits, AXIS), 0.0)
     total = tl.where(is_real, tl.sum(tl.exp(logits - tl.expand_dims(peak, AXIS)), AXIS), marginal)
     return tl.log(marginal / total) - peak
+
+
+@triton.jit
+def _log_round(
+    logits: tl.tensor, v: tl.tensor, a: tl.tensor, b: tl.tensor, is_source: tl.tensor, is_target: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Do a round in log space; return the potentials after it and the tile that absorbs them."""
+    u = _log_step(logits + v[None, :], a, is_source, 1)
+    v = _log_step(logits + u[:, None], b, is_target, 0)
+    return u, v, tl.exp(logits + u[:, None] + v[None, :])
 
 
 @triton.jit
@@ -103,12 +127,23 @@ def _row_step(
 
 
 @triton.jit
-def _column_step(logits: tl.tensor, b: tl.tensor, is_target: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Do the column step of round 1; return the logits of its plan and the columns' shift."""
+def _first_round(
+    cost: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    scale: tl.tensor,
+    NUM_SOURCES: tl.constexpr,
+    NUM_TARGETS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Do round 1 in log space; return the logits of its plan, what `_row_step` shifted, and the columns' shift."""
+    logits, nearest, shift_u = _row_step(cost, a, scale, NUM_SOURCES, NUM_TARGETS, N, M)
+    is_target = tl.arange(0, M) < NUM_TARGETS
     peak = tl.where(is_target, tl.max(logits, 0), 0.0)
     logits = logits - peak[None, :]
     rest = tl.log(b / tl.where(is_target, tl.sum(tl.exp(logits), 0), b))
-    return logits + rest[None, :], rest - peak
+    return logits + rest[None, :], nearest, shift_u, rest - peak
 
 
 @triton.jit(do_not_specialize=["num_rounds"])
@@ -139,8 +174,7 @@ def forward_kernel(
     scale = _scale(cost, scale_high, scale_low)
     a = _read_line(source_marginals, sample, NUM_SOURCES, 1.0, N)
     b = _read_line(target_marginals, sample, NUM_TARGETS, 1.0, M)
-    logits, nearest, shift_u = _row_step(cost, a, scale, NUM_SOURCES, NUM_TARGETS, N, M)
-    logits, shift_v = _column_step(logits, b, is_target)
+    logits, nearest, shift_u, shift_v = _first_round(cost, a, b, scale, NUM_SOURCES, NUM_TARGETS, N, M)
     u, v = tl.zeros_like(a), tl.zeros_like(b)
     alpha, beta = u + 1, v + 1
     tile = tl.exp(logits)
@@ -162,12 +196,8 @@ def forward_kernel(
         if is_running:
             spent += tl.max(tl.abs(tl.log(ratio)), 0)
             if spent > MAX_CHANGE:
-                v += tl.log(beta)
-                u = _log_step(logits + v[None, :], a, is_source, 1)
-                v = _log_step(logits + u[:, None], b, is_target, 0)
-                tile = tl.exp(logits + u[:, None] + v[None, :])
-                alpha, beta = tl.zeros_like(a) + 1, tl.zeros_like(b) + 1
-                spent = tl.zeros_like(spent)
+                u, v, tile = _log_round(logits, v + tl.log(beta), a, b, is_source, is_target)
+                alpha, beta, spent = tl.zeros_like(a) + 1, tl.zeros_like(b) + 1, tl.zeros_like(spent)
             else:
                 alpha = a / rows
                 beta = b / tl.where(is_target, tl.sum(tile * alpha[:, None], 0), b)
@@ -200,35 +230,26 @@ def backward_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
 ) -> None:
-    """Go back through the rounds of one sample; x and y are the adjoints of u and v over the marginals.
-
-    A round's column step v = log b - logsumexp(logits + u) takes y to x -= K y and the logits' gradient -= K y, with K
-    the tile after it; its row step takes x to y = -K^T x likewise, with the tile after that.
-    """
+    """Go back through the rounds of one sample; x and y are the adjoints of u and v over the marginals."""
+    # A column step takes y to x -= K y, with K the tile after it; a row step takes x to y = -K^T x, likewise.
     sample = tl.program_id(0)
-    is_target = tl.arange(0, M) < NUM_TARGETS
     scale = _scale(cost, scale_high, scale_low)
     a = _read_line(source_marginals, sample, NUM_SOURCES, 1.0, N)
     b = _read_line(target_marginals, sample, NUM_TARGETS, 1.0, M)
-    logits, _, _ = _row_step(cost, a, scale, NUM_SOURCES, NUM_TARGETS, N, M)
-    logits, _ = _column_step(logits, b, is_target)
+    logits, _, _, _ = _first_round(cost, a, b, scale, NUM_SOURCES, NUM_TARGETS, N, M)
     first = sample.to(tl.int64) * num_rounds
     last = first + tl.load(counts + sample) - 1
-    u = _read_line(history_u, last, NUM_SOURCES, 0.0, N)
-    v = _read_line(history_v, last, NUM_TARGETS, 0.0, M)
+    u, v = _read_round(history_u, history_v, last, NUM_SOURCES, NUM_TARGETS, N, M)
     gradient = _read_tile(grad_plan, NUM_SOURCES, NUM_TARGETS, 0.0, N, M) * tl.exp(logits + u[:, None] + v[None, :])
     x = tl.sum(gradient, 1) + _read_line(grad_source, sample, NUM_SOURCES, 0.0, N) / scale
     y = (tl.sum(gradient, 0) + _read_line(grad_target, sample, NUM_TARGETS, 0.0, M) / scale) / b
     sum_x, sum_y = tl.zeros_like(x), tl.zeros_like(y)
-    before = tl.maximum(last - 1, first)
-    u_before = _read_line(history_u, before, NUM_SOURCES, 0.0, N)
-    v_before = _read_line(history_v, before, NUM_TARGETS, 0.0, M)
-    row = last
+    row, before = last, tl.maximum(last - 1, first)
+    u_before, v_before = _read_round(history_u, history_v, before, NUM_SOURCES, NUM_TARGETS, N, M)
     while row > first:
         # Read two rounds ahead, since nothing of this round waits for it.
         before = tl.maximum(row - 2, first)
-        u_next = _read_line(history_u, before, NUM_SOURCES, 0.0, N)
-        v_next = _read_line(history_v, before, NUM_TARGETS, 0.0, M)
+        u_next, v_next = _read_round(history_u, history_v, before, NUM_SOURCES, NUM_TARGETS, N, M)
         step = tl.exp(logits + u[:, None] + v[None, :]) * y[None, :]
         gradient -= step
         x = (x - tl.sum(step, 1)) / a
