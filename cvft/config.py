@@ -10,6 +10,9 @@ from typing import Literal
 
 from cvft.configuration import require
 
+Precision = Literal["float32", "bfloat16"]
+"""What the trunks compute in while training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:

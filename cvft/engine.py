@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cvft.batch import Batch
+from cvft.config import Precision
 from cvft.distributed import current_world, gather, unwrap
 from cvft.errors import DataError, TrainingError
 from cvft.gradients import Forward, Preprocessor, compute_gradients
@@ -116,6 +117,7 @@ def train_epoch(
     seed: int,
     chunk_size: int | None = None,
     max_gradient_norm: float | None = None,
+    precision: Precision = "float32",
     on_step: Callable[[StepReport], None] | None = None,
 ) -> EpochReport:
     """Train on the given batches, one step each.
@@ -131,8 +133,9 @@ def train_epoch(
         first_step: Number of the first step.
         seed: Of dropout and all else that is random in a step, see `Forward`; the caller's generator state is
             overwritten.
-        chunk_size: Pairs of one forward pass of a rank; none means all of its pairs. See `cvft.gradients`.
+        chunk_size: See `Forward`.
         max_gradient_norm: Larger gradients are scaled down to it; none never does.
+        precision: See `Forward`.
         on_step: Called after every step, on every rank.
 
     Raises:
@@ -147,22 +150,21 @@ def train_epoch(
     for step, (batch, wait_s) in enumerate(_with_wait(batches), first_step):
         begun = time.perf_counter()
         rate = _set_rate(optimizer, learning_rate(step))
-        forward = Forward(preprocess=preprocess, seed=seed, step=step, chunk_size=chunk_size)
+        forward = Forward(preprocess=preprocess, seed=seed, step=step, chunk_size=chunk_size, precision=precision)
         value, norm = _train_step(
             model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer, max_norm=max_gradient_norm
         )
-        step_s = time.perf_counter() - begun
-        pairs = len(batch.index) * current_world().size
+        step_s, pairs = time.perf_counter() - begun, len(batch.index) * current_world().size
         num_pairs += pairs
         losses.append(value)
         if on_step is not None:
-            times = {"pairs_per_s": pairs / (wait_s + step_s), "data_wait_s": wait_s, "step_s": step_s}
-            on_step(StepReport(step=step, loss=value, gradient_norm=norm, learning_rate=rate, **times))
+            of_step = {"loss": value, "gradient_norm": norm, "learning_rate": rate, "step_s": step_s}
+            on_step(StepReport(step=step, **of_step, data_wait_s=wait_s, pairs_per_s=pairs / (wait_s + step_s)))
     if not losses:
         raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
     seconds = time.perf_counter() - started
-    loss_mean = sum(losses) / len(losses)
-    return EpochReport(loss=loss_mean, num_steps=len(losses), seconds=seconds, pairs_per_s=num_pairs / seconds)
+    speed = num_pairs / seconds
+    return EpochReport(loss=sum(losses) / len(losses), num_steps=len(losses), seconds=seconds, pairs_per_s=speed)
 
 
 def _with_wait(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:

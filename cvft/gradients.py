@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cvft.batch import Batch
+from cvft.config import Precision
 from cvft.distributed import current_world, gather, gather_with_gradient, unwrap, without_sync
 from cvft.loss import Loss
 from cvft.noise import pair_noise
@@ -36,12 +37,15 @@ class Forward:
             before each pass for whatever else is random in the network.
         step: Number of the step.
         chunk_size: Pairs of one forward pass of a rank; none means all of its pairs.
+        precision: `bfloat16` runs the trunks' convolutions under autocast; weights, transport, descriptors and loss
+            stay float32.
     """
 
     preprocess: Preprocessor
     seed: int
     step: int
     chunk_size: int | None = None
+    precision: Precision = "float32"
 
     def __call__(self, model: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the descriptors [rows, D] of both views."""
@@ -49,7 +53,8 @@ class Forward:
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
         noise = pair_noise(batch.index[rows], seed=self.seed, step=self.step)
         ground, aerial = self.preprocess(batch.ground[rows]), self.preprocess(batch.aerial[rows])
-        descriptors: tuple[Tensor, Tensor] = model(ground, aerial, noise=noise)
+        with torch.autocast(ground.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            descriptors: tuple[Tensor, Tensor] = model(ground, aerial, noise=noise)
         return descriptors
 
 

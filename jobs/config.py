@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from cvft.config import LossConfig, ModelConfig, OptimizerConfig, PreprocessConfig
+from cvft.config import LossConfig, ModelConfig, OptimizerConfig, Precision, PreprocessConfig
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
 from pipeline.schema import TRAIN, VAL
@@ -65,6 +65,7 @@ class TrainConfig:
         batch_size: Pairs in a global batch, over all workers; every pair is a negative for every other.
         chunk_size: Pairs that a worker holds in memory at a time; the same gradients for one more forward pass. Null
             means all of its pairs.
+        precision: `bfloat16` trains the trunks in it; all else, and every evaluation, is float32.
         workers: Ray Train workers; 1 trains in this process without Ray.
         use_gpu: Give each worker a GPU.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
@@ -77,6 +78,7 @@ class TrainConfig:
     num_epochs: int = 100
     batch_size: int = 32
     chunk_size: int | None = None
+    precision: Precision = "float32"
     workers: int = 2
     use_gpu: bool = False
     evaluate_every: int = 1

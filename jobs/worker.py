@@ -130,6 +130,7 @@ class _Training:
                 first_step=epoch * self._train_loader.num_steps,
                 seed=self._config.train.seed,
                 chunk_size=self._config.train.chunk_size,
+                precision=self._config.train.precision,
                 max_gradient_norm=self._config.train.optimizer.max_gradient_norm,
                 on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
             )

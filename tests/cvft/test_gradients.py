@@ -9,6 +9,7 @@ from cvft.config import BackboneConfig, HeadConfig, LossConfig, ModelConfig, Pre
 from cvft.gradients import Forward, compute_gradients
 from cvft.loss import build_loss
 from cvft.model import build_model
+from cvft.preprocess import Preprocess
 from tests.cvft.tiny import TinyModel, preprocess, random_batch, train_batches
 
 LOSSES = (LossConfig(mask_distance_m=15.0), LossConfig(kind="info_nce", temperature=0.5, mask_distance_m=15.0))
@@ -81,32 +82,68 @@ def test_the_second_pass_over_a_chunk_repeats_whatever_is_random_in_a_network():
     assert ((moved - value) / 1e-6).item() == pytest.approx(slope.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_the_real_network_in_chunks_with_dropout_equals_one_pass(is_shared):
-    sizes = PreprocessConfig(ground_size_px=(32, 96), aerial_size_px=(64, 64))
-    backbone = BackboneConfig(blocks=(1, 1, 1), width=0.125, dropout=0.3, num_frozen_blocks=1, is_shared=is_shared)
+SIZES = PreprocessConfig(ground_size_px=(32, 96), aerial_size_px=(64, 64), std=(64.0, 64.0, 64.0))
+
+
+def _network(**backbone):
+    shape = {"blocks": (1, 1, 1), "width": 0.125, "num_frozen_blocks": 1}
     head = HeadConfig(channels=4, grid=(8, 8), transport=TransportConfig(init="zero"))
     torch.manual_seed(0)
-    model = build_model(ModelConfig(backbone=backbone, head=head), sizes).train()
-    other = copy.deepcopy(model)
+    return build_model(ModelConfig(backbone=BackboneConfig(**shape, **backbone), head=head), SIZES).train()
+
+
+def _images():
     generator = torch.Generator().manual_seed(0)
     pixels = [
         torch.randint(256, (6, *size, 3), dtype=torch.uint8, generator=generator) for size in ((32, 96), (64, 64))
     ]
-    batch = dataclasses.replace(random_batch(torch.arange(6)), ground=pixels[0], aerial=pixels[1])
+    return dataclasses.replace(random_batch(torch.arange(6)), ground=pixels[0], aerial=pixels[1])
 
-    def values(pixels):
-        return pixels.permute(0, 3, 1, 2).float() / 64 - 2
 
-    forward = dataclasses.replace(FORWARD, preprocess=values)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_real_network_in_chunks_with_dropout_equals_one_pass(is_shared):
+    model = _network(dropout=0.3, is_shared=is_shared)
+    other, batch = copy.deepcopy(model), _images()
+    forward = dataclasses.replace(FORWARD, preprocess=Preprocess(SIZES))
     expected = compute_gradients(model, batch, forward=forward, loss=build_loss(LossConfig()))
     chunked = dataclasses.replace(forward, chunk_size=2)
     found = compute_gradients(other, batch, forward=chunked, loss=build_loss(LossConfig()))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert _largest_difference(model, other) < 1e-5
-    # Both views and every layer have masks of their own.
-    noise = torch.zeros(2, dtype=torch.int32)
-    same = values(pixels[0][:2])
-    trunks = model.ground_trunk, model.ground_trunk if is_shared else model.aerial_trunk
-    assert not torch.equal(trunks[0](same, noise), trunks[0](same, noise + 1))
-    assert torch.equal(trunks[1](same, noise), trunks[1](same, noise))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_bfloat16_is_near_float32_and_trains_float32_weights(chunk_size):
+    models, values, views = {}, {}, {}
+    for precision in ("float32", "bfloat16"):
+        model, batch = _network(dropout=0.0), _images()
+        forward = dataclasses.replace(FORWARD, preprocess=Preprocess(SIZES), precision=precision, chunk_size=chunk_size)
+        values[precision] = compute_gradients(model, batch, forward=forward, loss=build_loss(LossConfig()))
+        views[precision] = forward(model, batch, slice(0, 6))
+        models[precision] = model
+    assert values["bfloat16"].dtype == torch.float32
+    assert values["bfloat16"] != values["float32"]
+    torch.testing.assert_close(values["bfloat16"], values["float32"], rtol=2e-2, atol=0)
+    for short, full in zip(views["bfloat16"], views["float32"], strict=True):
+        assert short.dtype == torch.float32
+        assert (short * full).sum(1).min() > 1 - 1e-3  # cosine
+    for (name, short), full in zip(models["bfloat16"].named_parameters(), models["float32"].parameters(), strict=True):
+        if full.requires_grad:
+            assert short.dtype == short.grad.dtype == torch.float32, name
+            assert torch.cosine_similarity(short.grad.flatten(), full.grad.flatten(), dim=0) > 0.98, name
+
+
+def test_the_transport_computes_in_float32_within_a_bfloat16_step():
+    model, seen = _network(dropout=0.0), {}
+    solve = model.transport.transport
+
+    def watched(features):
+        result = solve(features)
+        seen["features"], seen["plan"] = features.dtype, result.plan
+        return result
+
+    model.transport.transport = watched
+    forward = dataclasses.replace(FORWARD, preprocess=Preprocess(SIZES), precision="bfloat16")
+    forward(model, _images(), slice(0, 6))
+    assert (seen["features"], seen["plan"].dtype) == (torch.bfloat16, torch.float32)
+    assert (seen["plan"].sum(1) - 1).abs().max() < 1e-5
