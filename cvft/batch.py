@@ -5,6 +5,7 @@ Shape letters: B pairs, H rows, W columns, 3 channels in RGB order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +40,34 @@ class Batch:
             location_m=self.location_m.to(device, non_blocking=True),
             num_valid=self.num_valid,
         )
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on `device`; on CUDA each is copied there on a stream of its own while the one before is used.
+
+    The copies overlap with the work only if the batches lie in pinned memory.
+
+    Args:
+        batches: Batches on the host. They are asked for on the copying stream, so that an iterator that reuses its
+            memory knows by an event on the current stream when a copy is done.
+        device: Where they are used; on a CPU they are passed on as they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting = iter(batches)
+    coming = _copy_next(waiting, device, copying)
+    while coming is not None:
+        batch = coming
+        torch.cuda.current_stream(device).wait_stream(copying)
+        for tensor in (batch.ground, batch.aerial, batch.index, batch.location_m):
+            tensor.record_stream(torch.cuda.current_stream(device))  # not to be reused before the step is done with it
+        coming = _copy_next(waiting, device, copying)
+        yield batch
+
+
+def _copy_next(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Batch | None:
+    with torch.cuda.stream(stream):
+        batch = next(batches, None)
+        return None if batch is None else batch.to(device)

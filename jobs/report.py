@@ -8,6 +8,7 @@ The page holds its pictures and needs no network.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,7 @@ def write_report(
 ) -> ReportFiles:
     """Write the report of an evaluation into the folder `out`."""
 
+    @functools.lru_cache(maxsize=256)  # remote pairs are read by range, and the pictures ask for some several times
     def images(row: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         ground, aerial = found.dataset.read(row)
         return thumbnail(ground, 2 * _IMAGE_PX), thumbnail(aerial, _IMAGE_PX)
@@ -89,7 +91,8 @@ def _transports(found: Evaluation, number: int) -> list[TransportExample]:
     height_px, width_px = found.preprocess.ground_size_px
     pixels = np.empty((len(rows), height_px, width_px, 3), dtype=np.uint8)
     for place, row in enumerate(rows):
-        decode(found.dataset.read(row)[0], pixels[place], profile=found.preprocess.decode_profile)
+        rows_px = found.dataset.ground_rows_px[row]
+        decode(found.dataset.read(row)[0], pixels[place], profile=found.preprocess.decode_profile, rows_px=rows_px)
     with torch.no_grad():
         ground = Preprocess(found.preprocess)(torch.from_numpy(pixels).to(found.device))
         plans = found.model.ground_transport(ground).plan.cpu().numpy().astype(np.float64)

@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from cvft.batch import prefetch
 from cvft.checkpoint import CheckpointInfo, restore_training
 from cvft.distributed import current_world, wrap_ddp
 from cvft.engine import DivergenceError, EpochReport, StepReport, evaluate, train_epoch
@@ -91,6 +92,7 @@ class _Training:
 
     def __init__(self, config: ExperimentConfig, device: torch.device) -> None:
         self._config = config
+        self._device = device
         self._world = current_world()
         manifest = Manifest.load(config.data.manifest)
         self._manifest_digest = manifest.digest
@@ -117,7 +119,7 @@ class _Training:
 
     def run_epoch(self, epoch: int) -> EpochReport:
         """Train on every batch of an epoch."""
-        batches = self._train_loader.train_batches(epoch)
+        batches = prefetch(self._train_loader.train_batches(epoch), self._device)
         self._eval_set.prefetch()  # its shards come after those of the epoch
         try:
             return train_epoch(
@@ -150,7 +152,7 @@ class _Training:
         """Measure recall after `done` epochs; rank 0 writes the checkpoint."""
         result = evaluate(
             self._model,
-            self._eval_loader.eval_batches(),
+            prefetch(self._eval_loader.eval_batches(), self._device),
             preprocess=self._preprocess,
             num_pairs=self._num_eval_pairs,
             location=self._queries.location,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvft.batch import Batch
+from cvft.batch import Batch, prefetch
 from cvft.checkpoint import CheckpointInfo, load_model, read_info
 from cvft.config import PreprocessConfig
 from cvft.configuration import parse, require, to_plain
@@ -151,7 +151,7 @@ def evaluate_checkpoint(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     batches = _batches(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
-    found = embed(model, batches, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
+    found = embed(model, prefetch(batches, device), preprocess=Preprocess(preprocess), num_pairs=len(dataset))
     return Evaluation(
         model=model,
         info=info,
