@@ -86,6 +86,7 @@ class TransportConfig:
         init: Bias of the cost at the start. `identity` is the published one (staying in place is forbidden and, in
             float32, cannot be learned); `zero` starts from the uniform plan; `soft` leaves half of each mass in place.
         epsilon: Entropic regularisation in units of cost; the paper multiplies costs by 100, which is 0.01.
+        is_epsilon_learned: Train the logarithm of epsilon too, starting from `epsilon`; the paper does not.
         num_iterations: Sinkhorn rounds, each rows first and then columns.
         gradient: `unrolled` differentiates the rounds exactly; `implicit` assumes convergence and refuses without it.
         solver: `scaling` is the fast stabilised form, `triton` the same in one kernel each way, for CUDA; `log` is the
@@ -94,6 +95,7 @@ class TransportConfig:
 
     init: Literal["identity", "zero", "soft"] = "identity"
     epsilon: float = 0.01
+    is_epsilon_learned: bool = False
     num_iterations: int = 20
     gradient: Literal["unrolled", "implicit"] = "unrolled"
     solver: Literal["auto", "scaling", "log", "triton"] = "auto"

@@ -32,6 +32,7 @@ class FeatureTransport(nn.Module):
         num_positions = grid[0] * grid[1]
         self.score = nn.Conv2d(channels, 1, kernel_size=1)
         self.cost = nn.Linear(num_positions, num_positions * num_positions)
+        self.log_epsilon = nn.Parameter(torch.tensor(math.log(config.epsilon))) if config.is_epsilon_learned else None
         self._initialise(num_positions)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -61,8 +62,12 @@ class FeatureTransport(nn.Module):
             scores = functional.relu(functional.linear(positions, weight, self.score.bias)).squeeze(2)
             num_positions = scores.shape[1]
             cost = self.cost(scores).reshape(-1, num_positions, num_positions)
+            epsilon = self.config.epsilon
+            if self.log_epsilon is not None:
+                # The plan depends on cost over epsilon alone; potentials stay in units of this cost.
+                cost = cost * (math.log(epsilon) - self.log_epsilon).exp()
             return solve(
-                TransportProblem(cost=cost, epsilon=self.config.epsilon),
+                TransportProblem(cost=cost, epsilon=epsilon),
                 num_iterations=self.config.num_iterations,
                 solver=self.config.solver,
                 gradient=self.config.gradient,

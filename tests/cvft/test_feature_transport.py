@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -93,6 +95,33 @@ def test_cost_weights_start_within_two_deviations_of_zero():
     weight = layer().cost.weight
     assert weight.abs().max() <= 0.01
     assert 0.003 < weight.std() < 0.006
+
+
+def test_a_learned_epsilon_starts_as_the_fixed_one_and_gives_the_plan_of_what_it_became():
+    fixed, learned = layer(init="zero"), layer(init="zero", is_epsilon_learned=True)
+    assert set(learned.state_dict()) - set(fixed.state_dict()) == {"log_epsilon"}
+    given = features()
+    assert torch.equal(learned.transport(given).plan, fixed.transport(given).plan)
+    with torch.no_grad():
+        learned.log_epsilon.fill_(math.log(0.03))
+    warmer = layer(init="zero", epsilon=0.03).transport(given).plan
+    torch.testing.assert_close(learned.transport(given).plan, warmer, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_a_learned_epsilon_is_numerically_right():
+    transport = layer(init="zero", is_epsilon_learned=True, solver="log")
+    weights = torch.randn(2, NUM_POSITIONS, NUM_POSITIONS, generator=torch.Generator().manual_seed(2))
+
+    def loss(log_epsilon):
+        with torch.no_grad():
+            transport.log_epsilon.fill_(log_epsilon)
+        return (transport.transport(features()).plan.double() * weights).sum()
+
+    start, step = math.log(0.01), 0.02
+    numerical = (loss(start + step) - loss(start - step)).item() / (2 * step)
+    loss(start).backward()
+    assert transport.log_epsilon.grad.item() == pytest.approx(numerical, rel=0.01)
+    assert abs(numerical) > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["scaling", "log"])
