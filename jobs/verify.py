@@ -97,7 +97,7 @@ def _num_sampled(arguments: argparse.Namespace, num_pairs: int) -> int | None:
 def _summary(found: VerifyReport) -> str:
     kinds = ", ".join(f"{kind} {count}" for kind, count in found.kinds.items())
     advice = "write it again from the raw data with --repair --root, or shard again"
-    return f"{len(found.damages)} damages ({kinds}); first: {found.damages[0]}; {advice}"
+    return f"damaged: {kinds}; first: {found.damages[0]}; {advice}"
 
 
 JOB = entry.Job(

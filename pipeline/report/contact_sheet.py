@@ -17,6 +17,7 @@ _NUM_COLUMNS = 3
 _GAP_PX = 24.0
 _MAX_GROUND_HEIGHT_PX = 200.0
 _LINE_PX = 16.5
+_LINE_CHARACTERS = 26  # of 8.5 points, beside the aerial image
 _TITLE_PX = 44.0
 _INK = "#e6ebf0"
 _MUTED = "#9aa7b4"
@@ -67,10 +68,10 @@ def _draw(figure: Figure, card: Card, *, left_px: float, top_px: float, ground_p
     width_px = height_px * card.aerial.shape[1] / card.aerial.shape[0]
     add_photo(figure, card.aerial, box_px=(left_px, top_px, width_px, height_px))
     left_px += AERIAL_WIDTH_PX + _LINE_PX / 2
-    _write(figure, _fit(card.title), left_px=left_px, top_px=top_px, size=10.0, colour=_INK)
-    top_px += _LINE_PX / 4
-    for number, line in enumerate(card.lines, start=1):
-        _write(figure, _fit(line), left_px=left_px, top_px=top_px + number * _LINE_PX, size=8.5, colour=_MUTED)
+    title = [card.title[start : start + _LINE_CHARACTERS] for start in range(0, len(card.title), _LINE_CHARACTERS)]
+    for number, line in enumerate([*title, *card.lines]):
+        colour = _INK if number < len(title) else _MUTED
+        _write(figure, _fit(line), left_px=left_px, top_px=top_px + number * _LINE_PX, size=8.5, colour=colour)
 
 
 def _scaled_height_px(image: ImageArray, width_px: float) -> float:
@@ -78,7 +79,7 @@ def _scaled_height_px(image: ImageArray, width_px: float) -> float:
     return float(width_px * height / width)
 
 
-def _fit(text: str, num_characters: int = 30) -> str:
+def _fit(text: str, num_characters: int = _LINE_CHARACTERS) -> str:
     font = get_font(findfont("DejaVu Sans"))
     drawn = "".join(character if font.get_char_index(ord(character)) else "□" for character in text)
     return drawn if len(drawn) <= num_characters else f"{drawn[: num_characters - 1]}…"

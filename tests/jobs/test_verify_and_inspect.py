@@ -82,7 +82,7 @@ class TestVerify:
         assert (code, found["ok"], found["damages"]) == (2, False, {"wrong_image": 1})
         assert found["damaged"] == [{"path": name, "key": key, "kind": "wrong_image"}]
         assert [line for line in log if line.startswith(f"{name}, key {key}: wrong_image (the aerial image's bytes")]
-        assert f"1 damages (wrong_image 1); first: {name}, key {key}" in error
+        assert f"damaged: wrong_image 1; first: {name}, key {key}" in error
         assert "--repair --root" in error
         code, found, _, log = cvft("verify", "--manifest", dataset.uri, "--repair", "--root", town)
         assert (code, found["ok"], found["repaired"], found["not_repaired"]) == (0, True, [name], {})

@@ -36,6 +36,21 @@ HERE = Path(__file__).parent
 FAULTS = [
     # fault | what happens | shown by
     (
+        "503 storm",
+        "every request is repeated, eight times in all; a storm without end is one line",
+        "test_storage_faults.py::test_seven_refusals_in_a_row_are_survived_by_every_request",
+    ),
+    (
+        "connection reset",
+        "a download goes on where it broke, an upload is repeated",
+        "test_storage_faults.py::test_upload_that_breaks_is_repeated",
+    ),
+    (
+        "truncated body",
+        "noticed by its length, read on where it broke, never joined with another version",
+        "test_storage_faults.py::test_body_that_breaks_is_read_on_where_it_broke",
+    ),
+    (
         "disk full",
         "one line, nothing left behind: stores and caches",
         "test_storage.py::test_full_disk_is_the_stores_error_and_leaves_nothing",
@@ -53,7 +68,7 @@ FAULTS = [
     (
         "missing bucket",
         "one line that names it",
-        "../objectstore/test_radosgw.py::test_missing_bucket_is_one_line_that_names_it",
+        "test_storage_faults.py::test_missing_bucket",
     ),
     (
         "bit flip in a shard",
