@@ -23,7 +23,8 @@ from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import TEST, TRAIN, VAL, ImageRules, Location
 from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings
-from pipeline.sources.matlab import INDEX_FIELDS, ActData, read_act_data
+from pipeline.sources.matlab import ActData, read_act_data
+from pipeline.sources.matlab_reader import INDEX_FIELDS
 
 BASES = nestings("CVACT", "dataset", "data")
 LIST = "ACT_data.mat"

@@ -8,32 +8,20 @@ indices counted from 1: `mat["trainSet"]["trainInd"][0, 0] - 1`.
 from __future__ import annotations
 
 import io
-import zlib
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from cvft.errors import DataError
+from pipeline.sources import matlab_reader
+from pipeline.sources.matlab_reader import INDEX_FIELDS
 
-# Everything that a damaged file has been seen to make the reader raise.
-_DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MatReadError,
-    MemoryError,
-    OSError,
-    TypeError,
-    ValueError,
-    zlib.error,
-)
-INDEX_FIELDS = {"train": ("trainSet", "trainInd"), "val": ("valSet", "valInd"), "test": ("valSetAll", "valInd")}
+_REFUSED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +40,7 @@ class ActData:
 
 
 def read_act_data(data: bytes, *, name: str) -> ActData:
-    """Read `ACT_data.mat`.
+    """Read `ACT_data.mat`, in a process of its own (see `matlab_reader`).
 
     Args:
         data: The file.
@@ -62,47 +50,22 @@ def read_act_data(data: bytes, *, name: str) -> ActData:
         DataError: It is damaged, of MATLAB's version 7.3, or lacks what CVACT's has.
     """
     try:
-        content = loadmat(
-            io.BytesIO(data), variable_names=["panoIds", "utm", *(name for name, _ in INDEX_FIELDS.values())]
+        return _read(data)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+@lru_cache(maxsize=4)  # a process that validates and shards asks twice, and starting the reader takes half a second
+def _read(data: bytes) -> ActData:
+    command = [sys.executable, "-P", matlab_reader.__file__]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode == _REFUSED:
+        raise DataError(done.stderr.decode().splitlines()[-1])
+    if done.returncode:
+        raise DataError(f"is damaged: its reader ended with code {done.returncode}; fetch it again")
+    with np.load(io.BytesIO(done.stdout)) as arrays:
+        return ActData(
+            pano_ids=arrays["panoIds"].tolist(),
+            utm_m=arrays["utm"],
+            indices={split: arrays[split] for split in INDEX_FIELDS if split in arrays},
         )
-    except NotImplementedError:
-        raise DataError(f"{name}: is a MATLAB 7.3 file; save it again in MATLAB with save(..., '-v7')") from None
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name}: is damaged or no MATLAB file ({reason}); fetch it again") from None
-    absent = [field for field in ("panoIds", "utm") if field not in content]
-    if absent:
-        raise DataError(f"{name}: has no {' and no '.join(absent)}, so it is not CVACT's ACT_data.mat")
-    pano_ids = _strings(content["panoIds"], name=name)
-    utm_m = _numbers(content["utm"], what="utm", name=name)
-    if utm_m.shape != (len(pano_ids), 2):
-        raise DataError(f"{name}: utm has the shape {list(utm_m.shape)}, expected [{len(pano_ids)}, 2] as panoIds")
-    indices = {
-        split: _indices(content[struct], field, what=f"{struct}.{field}", name=name)
-        for split, (struct, field) in INDEX_FIELDS.items()
-        if struct in content
-    }
-    return ActData(pano_ids=pano_ids, utm_m=utm_m, indices=indices)
-
-
-def _strings(value: npt.NDArray[Any], *, name: str) -> list[str]:
-    """Return a character matrix or a cell array of strings as a list."""
-    if value.dtype.kind == "U":
-        return [str(text).strip() for text in value.ravel()]
-    cells = [np.asarray(cell).ravel() for cell in value.ravel()] if value.dtype.kind == "O" else []
-    if not cells or any(cell.dtype.kind != "U" or cell.size > 1 for cell in cells if cell.size):
-        raise DataError(f"{name}: panoIds is neither a character matrix nor a cell array of strings")
-    return [str(cell[0]).strip() if cell.size else "" for cell in cells]
-
-
-def _indices(struct: npt.NDArray[Any], field: str, *, what: str, name: str) -> npt.NDArray[np.float64]:
-    if struct.dtype.names is None or field not in struct.dtype.names or struct.size != 1:
-        raise DataError(f"{name}: has no {what}, the list of a split's ids")
-    return _numbers(struct[field].item(), what=what, name=name).ravel()
-
-
-def _numbers(value: npt.NDArray[Any], *, what: str, name: str) -> npt.NDArray[np.float64]:
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf":
-        raise DataError(f"{name}: {what} does not hold numbers")
-    return array.astype(np.float64)

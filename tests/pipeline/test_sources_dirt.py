@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +85,21 @@ def table_kit(root: Path, jpeg: bytes) -> Kit:
     return Kit(root, write_list(root / "pairs.csv", rows), None, root / "g/0000001.jpg", root / "a/0000001.jpg", row)
 
 
+@cache
+def act_list() -> bytes:
+    lists = {name: {"n": 0, "valInd": np.zeros((0, 1))} for name in ("valSet", "valSetAll")}
+    train = {"n": 3, "trainInd": np.array([[1], [2], [3]])}
+    stream = io.BytesIO()
+    utm_m = np.full((3, 2), (692_000.0, 6_092_000.0))
+    savemat(stream, {"panoIds": np.array(KEYS), "utm": utm_m, "trainSet": train} | lists)
+    return stream.getvalue()
+
+
 def cvact_kit(root: Path, jpeg: bytes) -> Kit:
     half = "ANU_data_small"
     fill(root, [f"{half}/streetview/{key}_grdView.jpg" for key in KEYS], jpeg)
     fill(root, [f"{half}/satview_polish/{key}_satView_polish.jpg" for key in KEYS], jpeg)
-    lists = {name: {"n": 0, "valInd": np.zeros((0, 1))} for name in ("valSet", "valSetAll")}
-    train = {"n": 3, "trainInd": np.array([[1], [2], [3]])}
-    utm_m = np.full((3, 2), (692_000.0, 6_092_000.0))
-    savemat(root / "ACT_data.mat", {"panoIds": np.array(KEYS), "utm": utm_m, "trainSet": train} | lists)
+    (root / "ACT_data.mat").write_bytes(act_list())
     (root / "ANU_data_test/satview_polish").mkdir(parents=True)
     first = root / half / "streetview/0000001_grdView.jpg", root / half / "satview_polish/0000001_satView_polish.jpg"
     return Kit(root, None, None, *first, lambda ground, aerial: "")
