@@ -130,8 +130,10 @@ class TestInspect:
         assert {split: facts["pairs"] for split, facts in found["splits"].items()} == {"train": 12, "val": 4}
         assert found["splits"]["val"]["leaks"] == 0
 
-    @pytest.mark.parametrize("options", [(), ("--shard", "val-00000.tar"), ("--split", "val"), ("--num", 2)])
-    @pytest.mark.parametrize("suffix", ["png", "html"])
+    @pytest.mark.parametrize(
+        ("suffix", "options"),
+        [("png", ("--shard", "val-00000.tar")), ("png", ("--num", 2)), ("html", ("--split", "val"))],
+    )
     def test_sheet_is_written_where_it_is_asked_for(self, cvft, dataset, tmp_path, options, suffix):
         out = tmp_path / f"new/folder/sheet.{suffix}"
         code, found, _, _ = cvft("inspect", "--manifest", dataset.uri, "--out", out, *options)
