@@ -11,6 +11,7 @@ same version. A conditional write carries a token, so that one which succeeded w
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 import time
@@ -34,6 +35,7 @@ MAX_CONNECTIONS = 32
 CHECKSUM_VARIABLES = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 
 _CLIENT_LOCK = threading.Lock()
+_LOGGER = logging.getLogger(__name__)
 
 
 class S3Folder:
@@ -182,4 +184,16 @@ def _client(_process: int, settings: frozenset[tuple[str, str]]) -> Any:
     )
     # boto3 itself knows AWS_DEFAULT_REGION alone. Stores of one's own have no regions, but a signature needs some name.
     region = variables.get("AWS_REGION") or session.region_name or "us-east-1"
-    return session.client("s3", region_name=region, config=config)
+    made = session.client("s3", region_name=region, config=config)
+    made.meta.events.register("needs-retry.s3", _tell_failure)
+    return made
+
+
+def _tell_failure(*, attempts: int, operation: Any, response: Any, caught_exception: Any, **_: Any) -> None:
+    """Log from the second failure of a request on: a job that waits for its server should not be silent."""
+    if attempts < 2:
+        return
+    if caught_exception is not None:
+        _LOGGER.warning("S3 %s failed %d times: %s", operation.name, attempts, caught_exception)
+    elif response is not None and response[0].status_code >= 500:
+        _LOGGER.warning("S3 %s failed %d times: HTTP %d", operation.name, attempts, response[0].status_code)

@@ -52,13 +52,38 @@ FAULTS = [
     ),
     (
         "disk full",
-        "one line, nothing left behind: stores and caches",
-        "test_storage.py::test_full_disk_is_the_stores_error_and_leaves_nothing",
+        "one line, nothing left behind, what was there stays",
+        "test_storage.py::test_full_disk_is_one_line_and_leaves_what_was_there",
     ),
     (
         "disk full under the cache",
         "one line, nothing left behind",
         "test_cache.py::test_full_disk_is_one_line_and_leaves_nothing",
+    ),
+    (
+        "503 storm",
+        "every request is repeated, up to eight times with growing pauses",
+        "test_storage_faults.py::test_seven_refusals_in_a_row_are_survived_by_every_request",
+    ),
+    (
+        "503 storm without end",
+        "one line; no torso, no parts left behind",
+        "test_storage_faults.py::test_upload_that_fails_half_way_leaves_nothing",
+    ),
+    (
+        "reset or truncated body, reading",
+        "read on where it broke, from the same version",
+        "test_storage_faults.py::test_body_that_breaks_is_read_on_where_it_broke",
+    ),
+    (
+        "reset or truncated body, writing",
+        "the request is repeated",
+        "test_storage_faults.py::test_upload_that_breaks_is_repeated",
+    ),
+    (
+        "lost answer to a conditional write",
+        "the winner learns that it has won",
+        "test_storage_faults.py::test_write_whose_answer_got_lost_has_still_won",
     ),
     (
         "wrong secret",

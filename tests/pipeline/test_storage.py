@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,55 @@ def test_full_disk_is_the_stores_error_and_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+class TestDisk:
+    """A real file system of one megabyte."""
+
+    @pytest.fixture
+    def disk(self, tmp_path) -> Iterator[Path]:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
+        )
+        if mounted.returncode:
+            pytest.skip("only root can mount a small disk")
+        yield disk
+        subprocess.run(["umount", disk], check=True)
+
+    def test_full_disk_is_one_line_and_leaves_what_was_there(self, disk):
+        store = Store.from_uri(disk)
+        store.write_bytes("kept.bin", b"kept")
+        _, version = store.read_versioned("kept.bin")
+        for write in (
+            lambda: store.write_bytes("a.bin", bytes(3_000_000)),
+            lambda: store.write_bytes("kept.bin", bytes(3_000_000)),
+            lambda: store.create_bytes("b.bin", bytes(3_000_000)),
+            lambda: store.replace_bytes("kept.bin", bytes(3_000_000), version),
+        ):
+            with pytest.raises(StoreError, match=r"\.bin: cannot write it: the disk is full; free some space"):
+                write()
+        assert [path.name for path in disk.iterdir()] == ["kept.bin"]
+        assert store.read_bytes("kept.bin") == b"kept"
+
+    def test_read_only_disk_is_one_line(self, disk):
+        store = Store.from_uri(disk)
+        store.write_bytes("a.bin", b"1")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for change in (lambda: store.write_bytes("b.bin", b"1"), lambda: store.delete("a.bin")):
+            with pytest.raises(StoreError, match=r"\.bin: cannot \w+ it: the file system is read-only"):
+                change()
+        assert store.read_bytes("a.bin") == b"1"
+
+
+def test_files_being_written_are_not_listed(tmp_path):
+    store = Store.from_uri(tmp_path)
+    with store.open_output("a.bin") as stream:
+        stream.write(b"1")
+        assert list(tmp_path.iterdir())
+        assert store.list() == []
+    assert store.list() == ["a.bin"]
 
 
 def test_file_uri_and_plain_path_are_the_same_store(tmp_path):
