@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
+from pipeline.geography import EARTH_RADIUS_M
 from pipeline.report.contents import FloatArray, IntArray
 from pipeline.report.style import LIGHT, Theme, new_figure, style_axes, style_legend
 
-EARTH_RADIUS_M = 6_371_008.8
 RECALLS = {
     "recall_at_1": "recall@1",
     "recall_at_5": "recall@5",

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from pyproj import Transformer
 
 from cvft.errors import DataError
+from pipeline.geography import from_utm
 from pipeline.raw import RawFolder
 from pipeline.schema import TEST, TRAIN, VAL, ImageRules, Location
 from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings
@@ -168,12 +168,11 @@ class _Locations:
     """The positions of all ids, in UTM as given and in degrees."""
 
     def __init__(self, utm_m: npt.NDArray[np.float64]) -> None:
-        transform = Transformer.from_crs(UTM_EPSG, 4326, always_xy=True).transform
         east, north = utm_m.T
         is_in_zone = (east >= _EASTING_M[0]) & (east <= _EASTING_M[1])
         is_in_zone &= (north >= _NORTHING_M[0]) & (north <= _NORTHING_M[1])
-        longitude_deg, latitude_deg = transform(*np.where(is_in_zone, utm_m.T, np.nan))
-        self._rows = np.column_stack([latitude_deg, longitude_deg, utm_m])
+        degrees = from_utm(*np.where(is_in_zone, utm_m.T, np.nan), epsg=UTM_EPSG)
+        self._rows = np.column_stack([degrees, utm_m])
         self._is_known = is_in_zone
 
     def of(self, row: int) -> Location | None:
