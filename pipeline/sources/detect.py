@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,18 @@ def open_source(root: str | Path | RawFolder, *, layout: str = "auto", split: st
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
     ((name, base),) = found.items()
-    return replace(SOURCES[name].scan(base, root=folder, split=split), base=base)
+    return _scan(name, base, root=folder, split=split)
+
+
+def _scan(name: str, base: str, *, root: RawFolder, split: str | None) -> SourceScan:
+    """Scan with the garbage collector at rest: it would look a million new objects over again and again, all in use."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return replace(SOURCES[name].scan(base, root=root, split=split), base=base)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _folder_and_table(root: str | Path | RawFolder) -> tuple[RawFolder, str]:
@@ -71,7 +83,7 @@ def _folder_and_table(root: str | Path | RawFolder) -> tuple[RawFolder, str]:
 def _scan_table(folder: RawFolder, table: str, *, wanted: Mapping[str, Source], split: str | None) -> SourceScan:
     if "table" not in wanted:
         raise DataError(f"{folder.uri}/{table}: is a table, which the layout {', '.join(wanted)} is not")
-    return replace(SOURCES["table"].scan(table, root=folder, split=split), base=table)
+    return _scan("table", table, root=folder, split=split)
 
 
 def _packed(root: RawFolder) -> str:
