@@ -6,9 +6,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cvft.checkpoint import CheckpointInfo
+from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig
+from cvft.model import build_model
 from cvft.pair_retrieval import rank_pairs
-from pipeline.evaluation import Queries
+from pipeline.checkpoints import CheckpointFolder
+from pipeline.evaluation import Queries, evaluate_checkpoint
 from pipeline.manifest import Manifest
+from pipeline.storage import Store
 
 
 def replace_column(manifest: Manifest, name: str, values: dict[str, str]) -> Manifest:
@@ -67,3 +72,31 @@ def test_pairs_of_one_location_share_their_reference(manifest):
     result = rank_pairs(torch.eye(5), torch.eye(5)[[0, 1, 2, 1, 4]], location=queries.location)
     assert result.target.tolist() == [0, 1, 2, 1, 4]
     assert queries.metrics(result)["num_references"] == 4
+
+
+@pytest.mark.objectstore
+def test_remote_split_is_evaluated_in_one_pass_that_copies_no_shard(cvusa, tmp_path, s3_uri, make_shards, monkeypatch):
+    config = ModelConfig(
+        backbone=BackboneConfig(blocks=(1, 1), width=1 / 16, num_frozen_blocks=0),
+        head=HeadConfig(kind="conv", channels=4, grid=(8, 8)),
+    )
+    preprocess = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
+    torch.manual_seed(0)
+    model = build_model(config, preprocess)
+    info = CheckpointInfo(model=config, preprocess=preprocess, epoch=1)
+    optimizer = torch.optim.Adam(model.parameters())
+    folder = CheckpointFolder(str(tmp_path / "run"))
+    checkpoint = folder.uri(folder.save(model=model, info=info, optimizer=optimizer))
+    opened = []
+    open_input = Store.open_input
+    monkeypatch.setattr(Store, "open_input", lambda store, path: opened.append(path) or open_input(store, path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    manifests = [make_shards(cvusa, uri).uri for uri in (str(tmp_path / "store"), s3_uri)]
+    local, remote = (evaluate_checkpoint(checkpoint, manifest, batch_size=2) for manifest in manifests)
+    assert torch.equal(local.result.match_rank, remote.result.match_rank)
+    assert torch.equal(local.result.top_scores, remote.result.top_scores)
+    assert not list((tmp_path / "home").rglob("*.tar"))
+    assert sorted(path for path in opened if path.endswith(".tar")) == [
+        shard.name for shard in remote.dataset.manifest.shards if "val-" in shard.name
+    ]
+    assert [bytes(image) for image in remote.dataset.read(3)] == [bytes(image) for image in local.dataset.read(3)]
