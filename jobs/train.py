@@ -24,6 +24,7 @@ from jobs.config import ExperimentConfig, load
 from jobs.ray_train import train_on_ray
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name, fetch
+from pipeline.decoding import check_profile
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.registry import register_model
@@ -118,6 +119,7 @@ def _check(config: ExperimentConfig, manifest: Manifest) -> None:
     """Refuse what cannot work before anything is written."""
     for split in (config.data.train_split, config.data.eval_split):
         manifest.split(split)
+    check_profile(config.preprocess, manifest.profile, where=manifest.uri)
     if config.train.use_gpu and config.train.workers == 1 and not torch.cuda.is_available():
         raise ClusterError("train.use_gpu: this machine has no GPU that torch can use; set train.use_gpu=false")
     backbone = config.model.backbone

@@ -96,7 +96,7 @@ class _Training:
         self._world = current_world()
         manifest = Manifest.load(config.data.manifest)
         self._manifest_digest = manifest.digest
-        self._cache = _open_cache(config.data)
+        self._cache = _open_cache(config.data, manifest)
         self._train_set = PairDataset(manifest, config.data.train_split, cache=self._cache)
         self._train_loader = self._loader(self._train_set)
         self._eval_set = PairDataset(manifest, config.data.eval_split, cache=self._cache)
@@ -211,9 +211,13 @@ class _Training:
         )
 
 
-def _open_cache(data: DataConfig) -> ShardCache:
+def _open_cache(data: DataConfig, manifest: Manifest) -> ShardCache:
     folder = Path(data.cache).expanduser() if data.cache else None
-    return ShardCache(folder, limit_bytes=None if data.cache_gb is None else round(data.cache_gb * 1e9))
+    cache = ShardCache(folder, limit_bytes=None if data.cache_gb is None else round(data.cache_gb * 1e9))
+    if Store.from_uri(manifest.store_uri).local_path("") is None:
+        for numbers in (manifest.split(split)["shard"].unique() for split in (data.train_split, data.eval_split)):
+            cache.claim(manifest.shards[number] for number in numbers.to_pylist())
+    return cache
 
 
 class _StepLines:
