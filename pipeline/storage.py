@@ -148,7 +148,7 @@ class Store:
     def open_output(self, path: str) -> Iterator[Stream]:
         """Open a file for writing (`write(data)`); it appears under its name when the block ends without an error.
 
-        An object is sent while it is written, from at most 64 MiB of memory (see `pipeline.s3_upload`).
+        An object is sent while it is written, from at most 64 MiB of parts in memory (see `pipeline.s3_upload`).
         """
         translate = partial(self._translate, path, "write")
         with translate():

@@ -10,7 +10,9 @@ Down: `Store.open_input` in reads of 1 MiB; boto3's `download_fileobj` into a fi
 take turns within each round. Peak memory is the growth of the resident set's high-water mark (VmHWM, Linux alone) in a
 fresh process each.
 
-Prints a table and, last, one line of JSON. Exits with 1 if the store's upload is below 0.85 of the faster of boto3's.
+Prints a table and, last, one line of JSON. Exits with 1 if the store's upload is below 0.85 of `upload_fileobj`, which
+is what boto3 does with a file of this size. `put_object` stands beside it without a target: it can begin only once the
+shard is finished, takes 5 GB at the most, and is sent again from its first byte when the connection breaks.
 """
 
 from __future__ import annotations
@@ -142,21 +144,20 @@ def time_all(bucket: str, shard: Path, *, num_rounds: int) -> dict[str, list[flo
 
 def report(server: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> int:
     print(f"{SHARD_BYTES / 1e6:.0f} MB on {server}, {len(next(iter(seconds.values())))} rounds")
-    print(f"{'':24}{'MB/s':>8}{'of boto3':>10}{'peak MiB':>10}")
-    ratios = {}
-    for methods in (UP, DOWN):
-        ours, *theirs = methods
-        # Within each round, so that other load hits all alike.
-        ratios[ours] = min(
-            statistics.median(b / a for a, b in zip(seconds[ours], seconds[other], strict=True)) for other in theirs
-        )
-        for method in methods:
-            speed = SHARD_BYTES / 1e6 / statistics.median(seconds[method])
-            ratio = f"{ratios[method]:.2f}" if method in ratios else ""
-            print(f"{method:24}{speed:8.0f}{ratio:>10}{peaks[method] / 2**20:10.0f}")
+    print(f"{'':24}{'MB/s':>8}{'peak MiB':>10}   times boto3's speed")
     speeds = {method: SHARD_BYTES / 1e6 / statistics.median(times) for method, times in seconds.items()}
+    ratios: dict[str, dict[str, float]] = {}
+    for ours, *theirs in (UP, DOWN):
+        # Within each round, so that other load hits all alike.
+        ratios[ours] = {
+            other: statistics.median(b / a for a, b in zip(seconds[ours], seconds[other], strict=True))
+            for other in theirs
+        }
+        for method in (ours, *theirs):
+            told = ", ".join(f"{ratio:.2f} of {other}" for other, ratio in ratios.get(method, {}).items())
+            print(f"{method:24}{speeds[method]:8.0f}{peaks[method] / 2**20:10.0f}   {told}")
     print(json.dumps({"server": server, "ratios": ratios, "mb_per_s": speeds, "peak_bytes": peaks}))
-    return 0 if ratios["Store.open_output"] >= MIN_RATIO else 1
+    return 0 if ratios["Store.open_output"]["boto3 upload_fileobj"] >= MIN_RATIO else 1
 
 
 def measure_peak(method: str, bucket: str, shard: Path) -> int:
@@ -176,6 +177,8 @@ def moto(folder: Path) -> Iterator[None]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log)
         try:
+            while not is_open(port):
+                time.sleep(0.1)
             yield
         finally:
             server.terminate()
@@ -203,6 +206,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 SERVERS = {"radosgw": radosgw, "moto": moto, "env": env}
