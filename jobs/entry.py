@@ -103,6 +103,7 @@ def find_user_error(error: BaseException) -> CvftError | None:
 def log_to_stderr() -> None:
     """Print log lines to standard error, with the time."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # tells where it found credentials, every time
 
 
 @contextlib.contextmanager
