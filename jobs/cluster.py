@@ -11,6 +11,8 @@ import ray
 from cvft.errors import ClusterError
 from jobs.entry import LOGGER
 
+_NUM_STARTS = 4
+
 
 @contextlib.contextmanager
 def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[None]:
@@ -39,8 +41,26 @@ def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[No
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, num_cpus)
         LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
-        ray.init("local", num_cpus=cpus, include_dashboard=has_dashboard, configure_logging=False)
+        _start(num_cpus=cpus, include_dashboard=has_dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(*, num_cpus: int, include_dashboard: bool) -> None:
+    """Start Ray; on a very busy machine its parts miss their own deadline of 30 s and it is tried again."""
+    for attempt in range(1, _NUM_STARTS + 1):
+        try:
+            ray.init("local", num_cpus=num_cpus, include_dashboard=include_dashboard, configure_logging=False)
+        except Exception as error:  # Ray has no error of its own for it
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if attempt == _NUM_STARTS:
+                raise ClusterError(
+                    f"Ray did not start within 30 s, {attempt} times; free the machine (load {os.getloadavg()[0]:.0f}) a bit"
+                ) from error
+            LOGGER.warning("Ray did not start within 30 s; trying again")
+        else:
+            return

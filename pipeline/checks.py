@@ -7,7 +7,7 @@ second: beyond reading the files a pair costs some 20 microseconds here.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cvft.errors import DataError
 from pipeline.images import ImageInfo, TooLargeError, check_decodes, read_info
@@ -24,8 +24,7 @@ _APP1, _APPLICATION_SEGMENTS = 0xE1, range(0xE0, 0xF0)
 _ORIENTATION_TAG = 0x0112
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedImage:
+class LoadedImage(NamedTuple):
     """One image as it will stand in a shard.
 
     Attributes:

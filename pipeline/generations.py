@@ -17,17 +17,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.checks import ROLES, load_pair
-from pipeline.manifest import Manifest, canonical_json
+from pipeline.manifest import Manifest
 from pipeline.profile import ORIGINAL
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, PairSource
-from pipeline.shards import original_hashes
+from pipeline.shards import FACTS, original_hashes, pair_facts
 from pipeline.sources.base import Problem, SourceScan
 from pipeline.storage import Store
 
 _LOGGER = logging.getLogger(__name__)
 _PAIRS_PER_TASK = 1000
-_FACTS = ("location_id", "latitude_deg", "longitude_deg", "heading_deg", "easting_m", "northing_m", "metadata")
 _ROWS = ("ground_first_row_px", "ground_stop_row_px")
 
 
@@ -145,17 +144,17 @@ def find_changes(
         settle: Runs `differing_pairs` on each doubt.
     """
     listed = {pair.key: pair for pair in scan.pairs}
-    columns = {name: base.pairs[name].to_pylist() for name in ("key", "shard", "split", *_FACTS, *_ROWS)}
+    columns = {name: base.pairs[name].to_pylist() for name in ("key", "shard", "split", *FACTS, *_ROWS)}
     held = set(columns["key"])
     doubtful: list[int] = []
     changed: set[str] = set()
     dropped: list[str] = []
-    facts = zip(*(columns[name] for name in (*_FACTS, *_ROWS)), strict=True)
+    facts = zip(*(columns[name] for name in (*FACTS, *_ROWS)), strict=True)
     for row, (key, split, fact) in enumerate(zip(columns["key"], columns["split"], facts, strict=True)):
         pair = listed.get(key)
         if pair is None or pair.split != split:
             dropped.append(key)
-        elif fact[: len(_FACTS)] != _facts(pair) or not _has_rows_of(pair, fact[len(_FACTS) :], base):
+        elif fact[: len(FACTS)] != pair_facts(pair) or not _has_rows_of(pair, fact[len(FACTS) :], base):
             changed.add(key)
         elif not stamps.knows(pair, check_images=check_images):
             doubtful.append(row)
@@ -224,16 +223,6 @@ def _doubts(
             pairs=[pair for _, pair in part],
             hashes=[hashes[row] for row, _ in part],
         )
-
-
-def _facts(pair: PairSource) -> tuple[object, ...]:
-    place = pair.location
-    where = (
-        (place.latitude_deg, place.longitude_deg, place.heading_deg, place.easting_m, place.northing_m)
-        if place
-        else (None,) * 5
-    )
-    return pair.location_id, *where, canonical_json(pair.metadata) if pair.metadata else None
 
 
 def _has_rows_of(pair: PairSource, rows_px: tuple[object, ...], base: Manifest) -> bool:

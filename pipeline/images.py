@@ -12,8 +12,7 @@ Shape letters: H rows, W columns, 3 channels in RGB order.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -45,8 +44,7 @@ class TooLargeError(DataError):
     """An image whose header claims more than `MAX_PIXELS`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """What an image's header says.
 
     Attributes:

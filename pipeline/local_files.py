@@ -20,6 +20,7 @@ _HINTS = {
     errno.EROFS: "the file system is read-only; name another place",
     errno.EACCES: "this user may not; change the permissions or name another place",
 }
+_BUFFER_BYTES = 1024 * 1024  # whole pages at a time: writing part of a page costs as much as all of it
 # Names of files that are being written, or that only guard others: listings leave them out.
 _TEMPORARY, _LOCK = ".tmp", ".lock"
 
@@ -125,7 +126,7 @@ class LocalOutput:
         self._target = target
         self._temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._temporary.open("wb")
+        self._stream = self._temporary.open("wb", buffering=_BUFFER_BYTES)
 
     def write(self, data: bytes) -> None:
         """Append."""

@@ -27,7 +27,7 @@ from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.sampler import epoch_permutation
 from pipeline.schema import PairSource
 from pipeline.sealed import seal
-from pipeline.shards import FORMAT_VERSION, ShardSpec, pair_json
+from pipeline.shards import FORMAT_VERSION, ShardSpec, pair_identity
 from pipeline.sources.base import SourceScan
 from pipeline.storage import Store
 
@@ -222,7 +222,7 @@ def _mixed(pairs: Sequence[PairSource], cut: Cut) -> Iterable[list[PairSource]]:
 
 
 def _identity(pair: PairSource) -> str:
-    return f"{pair_json(pair)} {pair.ground_status.num_bytes} {pair.aerial_status.num_bytes}"
+    return f"{pair_identity(pair)} {pair.ground_status.num_bytes} {pair.aerial_status.num_bytes}"
 
 
 def _digest(*parts: Iterable[str]) -> str:

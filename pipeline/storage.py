@@ -10,7 +10,7 @@ create-only write has exactly one winner, and so has a compare-and-swap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -231,3 +231,9 @@ class Stream:
         """Append `data`."""
         with self._translate():
             self._stream.write(data)
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        """Append each of `pieces`."""
+        with self._translate():
+            for piece in pieces:
+                self._stream.write(piece)
