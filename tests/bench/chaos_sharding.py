@@ -1,0 +1,195 @@
+"""Sharding under fire: the driver or a worker is killed (SIGKILL) at seeded moments, and the manifest must not care.
+
+    python tests/bench/chaos_sharding.py --root town --store s3://bucket/chaos --driver-kills 10 --worker-kills 10
+
+First an undisturbed run, then runs that are killed once and, where the driver died, started again. Each run has a
+prefix of its own. A run is right when its manifest has the undisturbed run's digest and `verify` finds every pair of it
+once, with its bytes. Prints a table and one line of JSON; exits with 1 if a run was not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+TASK_NAME = "ray::_write_shard_task"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: who was killed when, what came of it, and what the kill cost."""
+
+    victim: str
+    killed_at_s: float
+    shards_found: int  # finished shards that the second run found; of all
+    shards: int
+    digest: str
+    num_pairs: int
+    total_s: float
+    lost_s: float
+    is_right: bool
+
+
+class Sharding:
+    """`shard` as a subprocess in a session of its own, whose output is kept."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.started = time.monotonic()
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        command = [sys.executable, "-m", "jobs.shard", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=self._output, stderr=self._errors, start_new_session=True
+        )
+
+    def wait_until(self, moment_s: float) -> bool:
+        """Sleep until so many seconds after the start; return whether the driver is still running."""
+        while time.monotonic() - self.started < moment_s:
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.01)
+        return self.process.poll() is None
+
+    def kill_driver(self) -> bool:
+        self.process.kill()
+        self.process.wait()
+        return True
+
+    def kill_worker(self, rng: random.Random) -> bool:
+        """Kill one worker that is writing a shard, as soon as there is one."""
+        while self.process.poll() is None:
+            workers = [child for child in _children(self.process.pid) if _title(child).startswith(TASK_NAME)]
+            if workers:
+                rng.choice(workers).send_signal(signal.SIGKILL)
+                return True
+            time.sleep(0.01)
+        return False
+
+    def result(self) -> dict:
+        self.process.wait()
+        self._output.seek(0)
+        self._errors.seek(0)
+        lines = self._output.read().splitlines()
+        if self.process.returncode != 0:
+            raise SystemExit(f"shard ended with {self.process.returncode}:\n{self._errors.read()}")
+        return json.loads(lines[-1])
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def verify(manifest: str) -> dict:
+    """Return what `verify` says of every shard, index entry and image of a manifest."""
+    command = [sys.executable, "-m", "jobs.verify", "--manifest", manifest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 2):
+        raise SystemExit(f"verify ended with {done.returncode}:\n{done.stderr}")
+    return {"code": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def run_killed(
+    arguments: list[str], *, victim: str, moment_s: float, rng: random.Random, undisturbed: dict, undisturbed_s: float
+) -> Outcome:
+    first = Sharding(arguments)
+    is_hit = first.wait_until(moment_s)
+    killed_at_s = time.monotonic() - first.started
+    if victim == "driver":
+        is_hit = is_hit and first.kill_driver()
+        made = (Sharding(arguments) if is_hit else first).result()
+    else:
+        is_hit = is_hit and first.kill_worker(rng)
+        made = first.result()
+    total_s = time.monotonic() - first.started
+    found = verify(made["manifest"])
+    is_right = made["digest"] == undisturbed["digest"] and found["code"] == 0 and made["pairs"] == undisturbed["pairs"]
+    return Outcome(
+        victim=victim if is_hit else "none (had ended)",
+        killed_at_s=killed_at_s,
+        shards_found=made["shards"] - made["shards_written"],
+        shards=made["shards"],
+        digest=made["digest"],
+        num_pairs=made["pairs"],
+        total_s=total_s,
+        lost_s=total_s - undisturbed_s,
+        is_right=is_right,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--pairs-per-shard", type=int, default=25)
+    parser.add_argument("--driver-kills", type=int, default=10)
+    parser.add_argument("--worker-kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    def arguments(number: int) -> list[str]:
+        store = f"{options.store}/run-{number:02d}"
+        return ["--root", options.root, "--store", store, "--pairs-per-shard", str(options.pairs_per_shard)]
+
+    began = time.monotonic()
+    undisturbed = Sharding(arguments(0)).result()
+    undisturbed_s = time.monotonic() - began
+    is_whole = verify(undisturbed["manifest"])["code"] == 0
+    print(f"undisturbed: {undisturbed['digest']}, {undisturbed['pairs']} pairs, {undisturbed_s:.1f} s", flush=True)
+    rng = random.Random(options.seed)
+    outcomes = []
+    for number, victim in enumerate(["driver"] * options.driver_kills + ["worker"] * options.worker_kills, start=1):
+        outcome = run_killed(
+            arguments(number),
+            victim=victim,
+            moment_s=rng.uniform(0.25, 0.98) * undisturbed_s,
+            rng=rng,
+            undisturbed=undisturbed,
+            undisturbed_s=undisturbed_s,
+        )
+        outcomes.append(outcome)
+        verdict = "same manifest, whole" if outcome.is_right else f"WRONG: {outcome.digest}"
+        print(
+            f"{number:3d} {outcome.victim:16} killed at {outcome.killed_at_s:5.1f} s, {outcome.shards_found:3d} of"
+            f" {outcome.shards} shards kept, {outcome.total_s:5.1f} s in all, lost {outcome.lost_s:+5.1f} s: {verdict}",
+            flush=True,
+        )
+    summary = {
+        "undisturbed_s": round(undisturbed_s, 1),
+        "digest": undisturbed["digest"],
+        "pairs": undisturbed["pairs"],
+        "right": sum(outcome.is_right for outcome in outcomes),
+        "runs": len(outcomes),
+        "median_lost_s": {
+            victim: round(statistics.median(o.lost_s for o in outcomes if o.victim == victim), 1)
+            for victim in sorted({outcome.victim for outcome in outcomes})
+        },
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    print(json.dumps(summary))
+    return 0 if is_whole and summary["right"] == summary["runs"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
