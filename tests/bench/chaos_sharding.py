@@ -23,8 +23,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.storage import Store
+
 ROOT = Path(__file__).parents[2]
-TASK_NAME = "ray::_write_shard_task"
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,11 @@ class Sharding:
             command, cwd=ROOT, stdout=self._output, stderr=self._errors, start_new_session=True
         )
 
-    def wait_until(self, moment_s: float) -> bool:
-        """Sleep until so many seconds after the start; return whether the driver is still running."""
-        while time.monotonic() - self.started < moment_s:
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.01)
+    def wait_until_written(self, store: Store, num_files: int, further_s: float) -> bool:
+        """Wait until the store holds so many files, and a moment more; return whether the driver is still running."""
+        while self.process.poll() is None and len(store.list()) < num_files:
+            time.sleep(0.1)
+        time.sleep(further_s)
         return self.process.poll() is None
 
     def kill_driver(self) -> bool:
@@ -70,7 +70,7 @@ class Sharding:
     def kill_worker(self, rng: random.Random) -> bool:
         """Kill one worker that is writing a shard, as soon as there is one."""
         while self.process.poll() is None:
-            workers = [pid for pid in _descendants(self.process.pid) if _title(pid).startswith(TASK_NAME)]
+            workers = [pid for pid in _descendants(self.process.pid) if _is_writing(pid)]
             if workers:
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 return True
@@ -97,10 +97,12 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _title(pid: int) -> str:
+def _is_writing(pid: int) -> bool:
+    """Tell whether this is a Ray worker with a task: Ray names a process after what it does."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    return ""
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return title.startswith(b"ray::") and not title.startswith(b"ray::IDLE")
+    return False
 
 
 def verify(manifest: str) -> dict:
@@ -113,10 +115,11 @@ def verify(manifest: str) -> dict:
 
 
 def run_killed(
-    arguments: list[str], *, victim: str, moment_s: float, rng: random.Random, undisturbed: dict, undisturbed_s: float
+    arguments: list[str], *, store: str, victim: str, rng: random.Random, undisturbed: dict, undisturbed_s: float
 ) -> Outcome:
     first = Sharding(arguments)
-    is_hit = first.wait_until(moment_s)
+    num_files = rng.randrange(2 * undisturbed["shards"])  # a tar and its sidecar each
+    is_hit = first.wait_until_written(Store.from_uri(store), num_files, rng.uniform(0, 1))
     killed_at_s = time.monotonic() - first.started
     if victim == "driver":
         is_hit = is_hit and first.kill_driver()
@@ -150,9 +153,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    def store(number: int) -> str:
+        return f"{options.store}/run-{number:02d}"
+
     def arguments(number: int) -> list[str]:
-        store = f"{options.store}/run-{number:02d}"
-        return ["--root", options.root, "--store", store, "--pairs-per-shard", str(options.pairs_per_shard)]
+        return ["--root", options.root, "--store", store(number), "--pairs-per-shard", str(options.pairs_per_shard)]
 
     began = time.monotonic()
     undisturbed = Sharding(arguments(0)).result()
@@ -164,13 +169,14 @@ def main() -> int:
     for number, victim in enumerate(["driver"] * options.driver_kills + ["worker"] * options.worker_kills, start=1):
         outcome = run_killed(
             arguments(number),
+            store=store(number),
             victim=victim,
-            moment_s=rng.uniform(0.25, 0.98) * undisturbed_s,
             rng=rng,
             undisturbed=undisturbed,
             undisturbed_s=undisturbed_s,
         )
         outcomes.append(outcome)
+        Store.from_uri(store(number)).delete_folder("")
         verdict = "same manifest, whole" if outcome.is_right else f"WRONG: {outcome.digest}"
         print(
             f"{number:3d} {outcome.victim:16} killed at {outcome.killed_at_s:5.1f} s, {outcome.shards_found:3d} of"
