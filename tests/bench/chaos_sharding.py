@@ -151,13 +151,14 @@ def main() -> int:
     parser.add_argument("--driver-kills", type=int, default=10)
     parser.add_argument("--worker-kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options, further = parser.parse_known_args()  # what is not known here is for `shard`
 
     def store(number: int) -> str:
         return f"{options.store}/run-{number:02d}"
 
     def arguments(number: int) -> list[str]:
-        return ["--root", options.root, "--store", store(number), "--pairs-per-shard", str(options.pairs_per_shard)]
+        size = str(options.pairs_per_shard)
+        return ["--root", options.root, "--store", store(number), "--pairs-per-shard", size, *further]
 
     began = time.monotonic()
     undisturbed = Sharding(arguments(0)).result()
