@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-objectstore test-tensorflow check bench bench-peers help clean-demo
+.PHONY: demo test test-objectstore test-tensorflow test-triton check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ bench-peers: .venv-peers/.installed  ## the loaders that ours is compared with, 
 
 test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
 	@.venv-tensorflow/bin/python -m pytest --noconftest tests/pipeline/test_official_import.py
+
+test-triton: $(VENV)/.developer .venv-triton/.installed  ## the fused kernel in Triton's interpreter (no GPU needed)
+	@PYTHONPATH=.venv-triton $(BIN)/python -m pytest tests/cvft/test_kernels.py
 
 clean-demo:  ## forget the demo's data, runs and models
 	rm -rf $(DEMO)
@@ -67,6 +70,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy webdataset simplejpeg \
 		opencv-python-headless pillow boto3 filelock requests tqdm xxhash \
 		lightning-utilities tifffile obstore 'transformers<5' catalogue Brotli python-snappy zstd
+	@touch $@
+
+# Beside the venv and not in it: 0.7 GB that nothing but these tests needs on a machine without CUDA.
+.venv-triton/.installed: constraints.txt | $(VENV)/.runtime
+	@echo "installing into .venv-triton (Triton is 0.7 GB)" >&2
+	@$(PIP) --no-deps --target .venv-triton triton
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.runtime
