@@ -98,10 +98,9 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _is_writing(pid: int) -> bool:
-    """Tell whether this is a Ray worker with a task: Ray names a process after what it does."""
+    """Tell whether this is a Ray worker with a task of `pipeline.ray_tasks`: Ray names a process after what it does."""
     with contextlib.suppress(OSError):
-        title = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return title.startswith(b"ray::") and not title.startswith(b"ray::IDLE")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_run_later")
     return False
 
 
