@@ -27,6 +27,7 @@ MAX_RETRIES = 3
 _TICK_S = 1.0
 _LOGGER = logging.getLogger(__name__)
 _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+_ENDED = (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError)
 
 
 class Runner(Protocol):
@@ -83,11 +84,15 @@ class OnRay:
         """See `Runner`.
 
         Raises:
-            ClusterError: Workers were lost again and again on one input.
+            ClusterError: Workers were lost again and again on one input, or Ray itself ended.
         """
         if inputs:
-            with self._session():
-                yield from self._run(function, inputs, tick)
+            try:
+                with self._session():
+                    yield from self._run(function, inputs, tick)
+            except _ENDED as error:
+                reason = " ".join(str(error).split())
+                raise ClusterError(f"Ray ended ({reason[:300]}); what is finished is kept, start it again") from error
 
     def _run(
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,33 @@ def test_other_errors_are_not_tried_again(how, error, tmp_path):
     with pytest.raises(error):
         list(OnRay().run(fail_at_first, [(str(tmp_path), how, 99)], ticks))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+KILL_RAYS_AGENT = """
+import os, signal, time
+from pathlib import Path
+import ray
+from cvft.errors import ClusterError
+from pipeline.ray_tasks import OnRay
+
+def kill_agents(_):
+    parent = os.getppid()  # the raylet, which does not survive its agents
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if Path(f"/proc/{child}/cmdline").read_bytes().startswith((b"ray::RuntimeEnvAgent", b"ray::DashboardAgent")):
+            os.kill(int(child), signal.SIGKILL)
+    time.sleep(60)
+
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+try:
+    list(OnRay().run(kill_agents, [0], lambda: None))
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_ends_is_told_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_RAYS_AGENT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert re.search(r"^Ray ended \(.+\); what is finished is kept, start it again$", done.stdout, re.MULTILINE), done
