@@ -58,9 +58,8 @@ def _start(*, num_cpus: int, include_dashboard: bool) -> None:
             if "timed out during startup" not in str(error):
                 raise
             if attempt == _NUM_STARTS:
-                raise ClusterError(
-                    f"Ray did not start within 30 s, {attempt} times; free the machine (load {os.getloadavg()[0]:.0f}) a bit"
-                ) from error
+                load = os.getloadavg()[0]
+                raise ClusterError(f"Ray did not start within 30 s, {attempt} times, at a load of {load:.0f}") from error
             LOGGER.warning("Ray did not start within 30 s; trying again")
         else:
             return
