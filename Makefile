@@ -59,17 +59,17 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest
 	@touch $@
 
-# litdata and mosaicml-streaming ask for torchvision and the SDKs of four clouds: they go in without what they ask for,
-# and what they import follows by name.
+# litdata and mosaicml-streaming ask for torchvision and the SDKs of four clouds: they go in last and without
+# what they ask for; what they import stands here by name.
 .venv-peers/.installed: constraints.txt
-	@echo "installing into .venv-peers (1.3 GB)" >&2
+	@echo "installing into .venv-peers (1.4 GB)" >&2
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy webdataset simplejpeg \
 		opencv-python-headless pillow boto3 filelock requests tqdm xxhash \
 		lightning-utilities tifffile obstore 'transformers<5' catalogue Brotli python-snappy zstd
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
 	@touch $@
 
 # Beside the venv and not in it: 0.7 GB that nothing but these tests needs on a machine without CUDA.
