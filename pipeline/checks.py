@@ -67,7 +67,7 @@ def load_pair(
                 if role == "aerial" and info.height_px != info.width_px:
                     kinds.setdefault("odd_size", f"{_size(info)}, an aerial image is usually square")
         for kind, detail in kinds.items():
-            problems.append(Problem(kind=kind, key=pair.key, path=printable(path), detail=detail))
+            problems.append(Problem(kind=kind, key=pair.key, path=printable(path), detail=printable(detail)))
     return images, problems
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Protocol
 
+from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Layout, Location, PairSource
 from pipeline.sources.kinds import KINDS, UNUSABLE_KINDS
@@ -118,7 +121,7 @@ class RowChecker:
 
     def note(self, kind: str, *, key: str | None, path: str, detail: str) -> None:
         """Record a problem."""
-        self.problems.append(Problem(kind=KINDS[kind].name, key=key, path=printable(path), detail=detail))
+        self.problems.append(Problem(kind=KINDS[kind].name, key=key, path=printable(path), detail=printable(detail)))
 
     def add(self, row: Row) -> None:
         """Take the row as a pair, or record why not."""
@@ -224,6 +227,22 @@ def some_names(root: RawFolder, folder: str = "", limit: int = 8) -> str:
     names = [printable(name) for name in root.names(folder)]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + rest
+
+
+def csv_rows(root: RawFolder, path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV file, each with the number of its last line; a blank line is a row without cells.
+
+    Raises:
+        DataError: A quoted cell does not end where it should: it would swallow the rows behind it.
+    """
+    reader = csv.reader(io.StringIO(root.read_text(path), newline=""), strict=True)
+    first_line = 1
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{root.uri}/{path}:{first_line}: {error}; close or remove a quotation mark there") from None
 
 
 def count_kinds(problems: Iterable[Problem]) -> dict[str, int]:

@@ -6,15 +6,13 @@ split_locations/all.csv   row int(id), counted from 1: requested lat, lon, the p
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import io
 import math
 
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, join, nestings, printable, some_names
+from pipeline.sources.base import Row, RowChecker, SourceScan, csv_rows, join, nestings, printable, some_names
 
 # Folders below the given root in which the dataset has been met.
 FOLDERS = ("CVUSA", "CVPR_subset", "dataset", "data")
@@ -71,8 +69,7 @@ def _lists(root: RawFolder, base: str) -> list[str]:
 
 def _scan_list(split: str, *, base: str, root: RawFolder, locations: _Locations, checker: RowChecker) -> None:
     name = split + _LIST_ENDING
-    text = root.read_text(join(base, f"splits/{name}"))
-    for number, cells in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+    for number, cells in csv_rows(root, join(base, f"splits/{name}")):
         listed_in = f"{name}:{number}"
         if len(cells) < 2:
             if any(map(str.strip, cells)):

@@ -7,7 +7,6 @@ is in `val`, or in the split asked for.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import io
 import math
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from cvft.errors import DataError
 from pipeline.raw import RawFolder
 from pipeline.schema import VAL, Location
-from pipeline.sources.base import Row, RowChecker, SourceScan, printable
+from pipeline.sources.base import Row, RowChecker, SourceScan, csv_rows, printable
 
 NAMES = ("pairs.csv", "pairs.parquet")
 REQUIRED = ("key", "ground", "aerial")
@@ -74,11 +73,12 @@ def _read(root: RawFolder, name: str) -> tuple[list[str], Iterator[tuple[int, Ma
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{root.uri}/{name}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
         return table.column_names, enumerate(map(_as_text, table.to_pylist()), start=1)
-    reader = csv.reader(io.StringIO(root.read_text(name), newline=""))
-    columns = [cell.strip() for cell in next(reader, [])]
+    lines = csv_rows(root, name)
+    _, header = next(lines, (0, []))
+    columns = [cell.strip() for cell in header]
     return columns, (
-        (reader.line_num, dict(zip(columns, (cell.strip() for cell in cells), strict=False)))
-        for cells in reader
+        (number, dict(zip(columns, (cell.strip() for cell in cells), strict=False)))
+        for number, cells in lines
         if any(cell.strip() for cell in cells)
     )
 

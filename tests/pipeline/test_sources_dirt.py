@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from cvft.errors import DataError
 from pipeline.sources.base import count_kinds
 from pipeline.sources.detect import open_source
 from pipeline.storage import Store
@@ -194,6 +195,25 @@ def test_key_that_is_not_utf8_is_a_bad_key(listed):
     keys, kinds = found(listed)
     assert keys == list(KEYS)
     assert kinds == {"bad_key": 1}
+
+
+def test_a_suffix_noted_for_a_name_that_is_not_utf8_can_be_printed(listed):
+    os.rename(os.fsencode(listed.aerial), os.fsencode(listed.aerial).replace(b"0000001.jpg", b"caf\xe9.png"))
+    text = listed.list.read_bytes()
+    row = listed.row(KEYS[0], "CAFE").encode().replace(b"CAFE", b"caf\xe9")
+    listed.list.write_bytes(text.replace(listed.row(KEYS[0], KEYS[0]).encode(), row))
+    details = [problem.detail for problem in open_source(listed.root).problems if problem.kind == "other_suffix"]
+    assert len(details) == 1
+    assert details[0].endswith("caf\\xe9.jpg")
+
+
+@pytest.mark.parametrize("layout", ["cvusa", "table"])
+def test_a_quotation_mark_that_is_not_closed_swallows_no_rows(layout, tmp_path, make_jpeg):
+    listed = KITS[layout](tmp_path, make_jpeg((20, 20), 0))
+    lines = listed.list.read_text().splitlines(keepends=True)
+    listed.list.write_text("".join([*lines[:-1], '"' + lines[-1], *lines]))
+    with pytest.raises(DataError, match=rf":{len(lines)}: .*; close or remove a quotation mark"):
+        open_source(listed.root)
 
 
 def test_row_of_one_column(listed):
