@@ -40,7 +40,8 @@ def write_report(
     @functools.lru_cache(maxsize=256)  # remote pairs are read by range, and the pictures ask for some several times
     def images(row: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         ground, aerial = found.dataset.read(row)
-        return thumbnail(ground, 2 * _IMAGE_PX), thumbnail(aerial, _IMAGE_PX)
+        rows_px = found.dataset.ground_rows_px[row]  # as the network saw it: plans are drawn over it
+        return thumbnail(ground, 2 * _IMAGE_PX, rows_px=rows_px), thumbnail(aerial, _IMAGE_PX)
 
     return build_report(
         out,

@@ -95,9 +95,7 @@ def decode(data: Buffer, out: Pixels, *, profile: DecodeProfile, rows_px: Rows |
             another size; the message says only what is wrong.
     """
     info = read_info(data)
-    first, stop = rows_px or (0, info.height_px)
-    if not 0 <= first < stop <= info.height_px:
-        raise DataError(f"rows {first} to {stop} are wanted of {info.height_px}")
+    first, stop = _checked_rows(info, rows_px)
     height_px, width_px = out.shape[:2]
     if profile == "preresized" and (stop - first, info.width_px) != (height_px, width_px):
         raise DataError(f"is {stop - first}x{info.width_px}, not {height_px}x{width_px} as a preresized one must be")
@@ -129,16 +127,25 @@ def check_decodes(data: Buffer, info: ImageInfo) -> None:
     _decode_scaled(data, info, factor=8)
 
 
-def thumbnail(data: Buffer, max_px: int) -> Pixels:
+def thumbnail(data: Buffer, max_px: int, *, rows_px: Rows | None = None) -> Pixels:
     """Return the image as uint8 [H, W, 3] with its longer side at `max_px`, or as it is if it is smaller.
 
+    Args:
+        data: JPEG or PNG bytes.
+        max_px: Of the longer side.
+        rows_px: Rows of the image that are shown; none shows all.
+
     Raises:
-        DataError: The image is damaged.
+        DataError: The image is damaged or lacks the rows.
     """
     info = read_info(data)
-    ratio = min(1.0, max_px / max(info.height_px, info.width_px))
-    height_px, width_px = (max(1, round(side * ratio)) for side in (info.height_px, info.width_px))
-    pixels = _decode_scaled(data, info, factor=_halving(info, (height_px, width_px), (0, info.height_px)))
+    first, stop = _checked_rows(info, rows_px)
+    ratio = min(1.0, max_px / max(stop - first, info.width_px))
+    height_px, width_px = (max(1, round(side * ratio)) for side in (stop - first, info.width_px))
+    factor = _halving(info, (height_px, width_px), (first, stop))
+    pixels = _decode_scaled(data, info, factor=factor)
+    if rows_px is not None:
+        pixels = pixels[first // factor : stop // factor]
     return cast(Pixels, cv2.resize(pixels, (width_px, height_px), interpolation=cv2.INTER_AREA))
 
 
@@ -148,6 +155,13 @@ def encode_jpeg(pixels: Pixels, *, quality: int = 85) -> bytes:
         bytes,
         simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="444"),
     )
+
+
+def _checked_rows(info: ImageInfo, rows_px: Rows | None) -> Rows:
+    first, stop = rows_px or (0, info.height_px)
+    if not 0 <= first < stop <= info.height_px:
+        raise DataError(f"rows {first} to {stop} are wanted of {info.height_px}")
+    return first, stop
 
 
 def _halving(info: ImageInfo, wanted: tuple[int, ...], rows_px: Rows) -> int:

@@ -127,6 +127,15 @@ def test_thumbnail_keeps_the_shape_and_never_enlarges(shape):
     assert small.dtype == np.uint8
 
 
+@pytest.mark.parametrize(("max_px", "rows"), [(1664, (208, 624)), (400, (208, 624)), (400, (209, 625))])
+def test_thumbnail_of_some_rows_is_that_of_the_cut_image(max_px, rows):
+    pixels = picture((832, 1664))
+    small = thumbnail(encode_jpeg(pixels, quality=95), max_px, rows_px=rows)
+    cut = cv2.resize(pixels[slice(*rows)], (max_px, max_px // 4), interpolation=cv2.INTER_AREA)
+    assert small.shape == cut.shape
+    assert np.abs(small.astype(int) - cut).mean() < 3
+
+
 def test_encoded_jpeg_comes_back_nearly_the_same():
     pixels = picture((64, 96))
     difference = np.abs(decoded(encode_jpeg(pixels, quality=95), (64, 96), "exact").astype(int) - pixels)
