@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     """
     config = config.located()
     manifest = Manifest.load(config.data.manifest)
+    # A store's pointer may move on while workers are restarted: all of them read this manifest.
+    config = replace(config, data=replace(config.data, manifest=manifest.uri))
     _check(config, manifest)
     run = _open_run(config, manifest)
     try:

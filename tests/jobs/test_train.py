@@ -11,6 +11,7 @@ import torch
 from cvft.checkpoint import MODEL_FILE, read_info
 from cvft.errors import CheckpointError, ConfigError, DataError, TrainingError
 from jobs import evaluate, report, train
+from pipeline.manifest import Manifest
 
 
 def _weights(checkpoint):
@@ -173,3 +174,13 @@ def test_history_keeps_the_first_of_equally_good_epochs():
     history = train.worker.History().then({"recall_at_1": 0.5}, "epoch-0001").then({"recall_at_1": 0.5}, "epoch-0002")
     assert (history.best, len(history.epochs)) == ("epoch-0001", 2)
     assert dataclasses.asdict(history)["best_recall_at_1"] == 0.5
+
+
+def test_a_store_in_the_manifests_place_is_followed_once_so_that_restarted_workers_read_the_same(
+    tiny, manifest_uri, tmp_path, monkeypatch
+):
+    trained = []
+    monkeypatch.setattr(train.worker, "train", lambda config, **_: trained.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny(f"data.manifest={Manifest.load(manifest_uri).store_uri}"))
+    assert trained[0].data.manifest == manifest_uri
