@@ -29,7 +29,7 @@ class DataConfig:
     """Where the pairs come from.
 
     Attributes:
-        manifest: Path or URI of the manifest that `shard` printed.
+        manifest: Path or URI of the store, whose newest manifest is taken, or of one of its manifests.
         train_split: Split to train on.
         eval_split: Split to evaluate on after an epoch.
         num_threads: Decoding threads in each worker.

@@ -22,7 +22,7 @@ _HIT_DISTANCE_HELP = "also report recall with any reference nearer than M metres
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what is measured on what."""
     parser.add_argument("--checkpoint", required=True, help="path or URI of a checkpoint")
-    parser.add_argument("--manifest", required=True, help="path or URI of the manifest that `shard` printed")
+    parser.add_argument("--manifest", required=True, help="path or URI of the store, or of one of its manifests")
     parser.add_argument("--split", default="val", help="which pairs (default: val)")
     parser.add_argument("--train-split", default="train", help="split that leaks are counted against (default: train)")
     parser.add_argument("--hit-distance", type=float, metavar="M", help=_HIT_DISTANCE_HELP)

@@ -32,6 +32,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path | None = arguments.out
     if out is not None and out.suffix not in _SUFFIXES:
         raise ConfigError(f"--out {out}: must end with one of {', '.join(_SUFFIXES)}")
+    for name in ("shard", "split"):
+        if out is None and getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name} {getattr(arguments, name)}: says what --out shows; add --out sheet.html")
     manifest = Manifest.load(arguments.manifest)
     statistics = manifest_statistics(manifest)
     _tell(statistics)

@@ -150,6 +150,7 @@ class TestInspect:
             (("--out", "sheet.gif"), "--out sheet.gif: must end with one of .png, .html"),
             (("--out", "sheet.png", "--split", "test"), "split 'test' is not in"),
             (("--out", "sheet.png", "--shard", "x.tar"), "'x.tar' is no shard"),
+            (("--split", "val"), "--split val: says what --out shows"),
             (("--out", "sheet.png", "--num", 0), "num: 0 must lie in"),
         ],
     )
