@@ -59,7 +59,7 @@ def _start(*, num_cpus: int, include_dashboard: bool) -> None:
                 raise
             if attempt == _NUM_STARTS:
                 load = os.getloadavg()[0]
-                raise ClusterError(f"Ray did not start within 30 s, {attempt} times, at a load of {load:.0f}") from error
+                raise ClusterError(f"Ray did not start within 30 s, {attempt} times (load {load:.0f})") from error
             LOGGER.warning("Ray did not start within 30 s; trying again")
         else:
             return
