@@ -132,6 +132,8 @@ def build_shards(
     num_usable = sum(entry.info.num_pairs for entry in entries) + plan.num_kept_pairs
     _refuse_unusable(problems, num_usable=num_usable, skip_unusable=options.skip_unusable)
     manifest = assemble_manifest(plan, entries, problems, store_uri=store.uri())
+    if manifest.plan == plan.fingerprint:  # a plan that only drops shards has no work that would have written it
+        plan.write(store)
     stamps.write(store, manifest.digest, scan.pairs, check_images=options.check_images)
     generation = publish(store, manifest, pointer, version)
     return ShardResult(

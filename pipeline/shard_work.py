@@ -63,6 +63,7 @@ class ShardWork:
         self._runner = runner
         self._progress = progress
         self._entries: dict[str, ShardEntry] = {}
+        self._num_pairs = sum(len(spec.pairs) for spec in plan.specs)
         self._num_pairs_done = self._num_pairs_found = self._num_bytes_written = 0
 
     def run(self) -> list[ShardEntry]:
@@ -74,7 +75,7 @@ class ShardWork:
         self._plan.write(self._store)
         self._find_finished()
         missing = [spec for spec in specs if spec.name not in self._entries]
-        self._num_pairs_found = self._num_pairs_done = sum(len(spec.pairs) for spec in specs if spec not in missing)
+        self._num_pairs_found = self._num_pairs_done = self._num_pairs - sum(len(spec.pairs) for spec in missing)
         if self._entries:
             _LOGGER.info("%d of %d shards were finished by an earlier run", len(self._entries), len(specs))
         tasks = [(spec, self._store.uri()) for spec in missing]
@@ -114,7 +115,7 @@ class ShardWork:
         if self._progress is not None:
             self._progress(
                 BuildProgress(
-                    num_pairs=sum(len(spec.pairs) for spec in self._plan.specs),
+                    num_pairs=self._num_pairs,
                     num_pairs_done=self._num_pairs_done,
                     num_pairs_found=self._num_pairs_found,
                     num_shards=len(self._plan.specs),

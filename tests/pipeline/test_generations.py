@@ -19,6 +19,7 @@ from pipeline.pointer import POINTER_FILE, Pointer, move_pointer, read_pointer, 
 from pipeline.profile import preresized
 from pipeline.ray_tasks import Here
 from pipeline.storage import Store
+from pipeline.verify import verify
 
 
 class Watched(Here):
@@ -83,6 +84,17 @@ def test_added_pairs_go_into_new_shards_and_finished_ones_are_not_touched(cvusa,
     assert read_pointer(Store.from_uri(store)) == Pointer(
         generation=2, manifest=f"manifests/{second.digest[:16]}.parquet", digest=second.digest, previous=first.digest
     )
+
+
+def test_dataset_grows_on_after_a_generation_that_only_dropped_whole_shards(cvusa, store, make_jpeg):
+    build(cvusa, store)
+    (cvusa / "splits/val-19zl.csv").write_text("")
+    second = build(cvusa, store)
+    assert (second.generation, second.num_written, dict(second.changes)["dropped"]) == (2, 0, 5)
+    assert build(cvusa, store).digest == second.digest
+    assert verify(Manifest.load(str(store))).kinds == {}
+    add_pairs(cvusa, range(17, 19), make_jpeg)
+    assert dict(build(cvusa, store).changes) == {"kept": 11, "new": 2, "rewritten": 0, "dropped": 0}
 
 
 def test_manifest_keeps_the_rows_of_kept_shards_and_numbers_the_shards_anew(cvusa, store, make_jpeg):
