@@ -9,7 +9,6 @@ import os
 import posixpath
 import stat
 from pathlib import Path
-from urllib.parse import unquote
 
 from cvft.errors import DataError
 from pipeline.storage import FileStatus, Store
@@ -33,16 +32,12 @@ class RawFolder:
         """Open the folder that `uri` names; it need not exist.
 
         Raises:
-            StoreError: The scheme is neither `file` nor `s3`, or the bucket is missing in the URI.
+            StoreError: It is empty, its scheme is neither `file` nor `s3`, or it names no bucket.
         """
         if isinstance(uri, RawFolder):
             return uri
-        text = str(uri)
-        if "://" not in text or text.startswith("file://"):
-            path = unquote(text.removeprefix("file://")) if text.startswith("file://") else text
-            return cls(str(Path(path).expanduser().absolute()), None)
-        store = Store.from_uri(text)
-        return cls(store.uri(), store)
+        store = Store.from_uri(uri)
+        return cls(store.uri(), store if store.local_path("") is None else None)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Pickle as the URI."""

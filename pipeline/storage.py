@@ -53,16 +53,20 @@ class Store:
         """Open the store that `uri` names; a local folder need not exist yet.
 
         Raises:
-            StoreError: The scheme is neither `file` nor `s3`, or the bucket is missing in the URI.
+            StoreError: It is empty, its scheme is neither `file` nor `s3`, or it names no bucket.
         """
         text = str(uri)
         scheme, separator, rest = text.partition("://")
+        if not text.strip():
+            raise StoreError("an empty path names no folder; write `.` for the one you are in")
+        if text.startswith("s3:/") and not separator:  # what pathlib and os.path make of a URI
+            raise StoreError(f"{text}: is no path and no URI; write s3://bucket/prefix")
         if not separator:
             return cls(LocalFolder(Path(text).expanduser().absolute()))
         if scheme == "file":
             return cls(LocalFolder(Path(unquote(rest)).absolute()))
         if scheme == "s3":
-            if not rest.strip("/"):
+            if not rest.partition("/")[0]:
                 raise StoreError(f"{text}: names no bucket; write s3://bucket/prefix")
             return cls(S3Folder(rest))
         raise StoreError(f"{text}: unknown scheme {scheme!r}; use a local path, file:// or s3://")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cvft.errors import StoreError
+from pipeline.raw import RawFolder
 from pipeline.s3 import CHECKSUM_VARIABLES
 from pipeline.storage import Store
 from tests.store_contract import StoreContract
@@ -106,10 +107,21 @@ def test_remote_store_names_its_files_and_sets_the_checksum_variables(s3_uri):
     assert {os.environ[name] for name in CHECKSUM_VARIABLES} == {"when_required"}
 
 
-@pytest.mark.parametrize(("uri", "message"), [("gs://b/x", "unknown scheme 'gs'"), ("s3://", "names no bucket")])
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://b/x", "unknown scheme 'gs'"),
+        ("s3://", "names no bucket"),
+        ("s3:///prefix", "names no bucket"),
+        ("s3:/bucket/prefix", "write s3://bucket/prefix"),
+        ("", "names no folder"),
+    ],
+)
 def test_uri_that_names_no_store_is_refused(uri, message):
     with pytest.raises(StoreError, match=message):
         Store.from_uri(uri)
+    with pytest.raises(StoreError, match=message):
+        RawFolder.from_uri(uri)
 
 
 def test_folder_that_cannot_be_written_is_told(tmp_path):
