@@ -154,6 +154,10 @@ class Manifest:
                 f"<store>/{_FOLDER}/<digest>.parquet as `shard` printed it"
             )
         manifest = cls.load(Store.from_uri(store_uri).uri(found.manifest))
+        if manifest.digest != found.digest:
+            raise ShardError(
+                f"{store_uri}: {POINTER_FILE} is damaged, its digest is not that of {manifest.uri}; name it"
+            )
         _LOGGER.info("%s: generation %d, digest %s", store_uri, found.generation, manifest.digest)
         return manifest
 

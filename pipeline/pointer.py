@@ -7,6 +7,7 @@ for one dataset exactly one moves it, and the other learns of it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 from cvft.errors import ShardError
@@ -14,6 +15,7 @@ from pipeline.storage import Store
 
 POINTER_FILE = "dataset.json"
 _FORMAT = 1
+_MANIFEST = re.compile(r"manifests/([0-9a-f]{16})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,9 @@ def _decode(data: bytes, store: Store) -> Pointer:
         content = json.loads(data)
         is_known = content.pop("format") == _FORMAT
         pointer = Pointer(**content)
+        name = _MANIFEST.fullmatch(pointer.manifest)
+        if is_known and (not isinstance(pointer.generation, int) or not name or not pointer.digest.startswith(name[1])):
+            raise ValueError("manifest, digest and generation do not fit together")  # noqa: TRY301 (one of many kinds)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ShardError(f"{store.uri(POINTER_FILE)}: is damaged ({reason}); delete it and shard again") from None

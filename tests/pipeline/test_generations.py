@@ -280,7 +280,11 @@ class TestRace:
 
     def test_of_many_moves_from_one_version_one_counts(self, tmp_path):
         place = Store.from_uri(tmp_path)
-        pointers = [Pointer(generation=1, manifest=f"m{n}", digest=f"d{n}", previous=None) for n in range(8)]
+        digests = [f"{n:064x}" for n in range(8)]
+        pointers = [
+            Pointer(generation=n, manifest=f"manifests/{digest[:16]}.parquet", digest=digest, previous=None)
+            for n, digest in enumerate(digests)
+        ]
         with ThreadPoolExecutor(8) as pool:
             said = list(pool.map(lambda pointer: move_pointer(place, pointer, None), pointers))
         assert len(set(said)) == 1
@@ -288,7 +292,8 @@ class TestRace:
 
     def test_pointer_deleted_meanwhile_is_told(self, tmp_path):
         place = Store.from_uri(tmp_path)
-        pointer = Pointer(generation=1, manifest="m", digest="d", previous=None)
+        name = f"manifests/{'0' * 16}.parquet"
+        pointer = Pointer(generation=1, manifest=name, digest="0" * 64, previous=None)
         move_pointer(place, pointer, None)
         _, version = read_versioned_pointer(place)
         place.delete(POINTER_FILE)

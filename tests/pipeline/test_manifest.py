@@ -111,8 +111,31 @@ class TestStoreInPlaceOfTheManifest:
         with pytest.raises(ShardError, match=r"dataset\.json: is damaged"):
             Manifest.load(str(tmp_path))
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"manifest": ""}, {"manifest": 5}, {"manifest": "../a.parquet"}, {"generation": "1"}, {"digest": "g" * 64}],
+        ids=str,
+    )
+    def test_pointer_whose_fields_make_no_sense_is_told(self, change, tmp_path):
+        manifest = located([(1.0, 2.0)], str(tmp_path))
+        manifest.publish()
+        pointer = Pointer(generation=1, manifest=manifest.path, digest=manifest.digest, previous=None)
+        (tmp_path / "dataset.json").write_text(json.dumps(json.loads(pointer.encode()) | change))
+        with pytest.raises(ShardError, match=r"dataset\.json:? is damaged"):
+            Manifest.load(str(tmp_path))
+
+    def test_pointer_whose_digest_is_damaged_beyond_the_manifests_name_is_told(self, tmp_path):
+        manifest = located([(1.0, 2.0)], str(tmp_path))
+        manifest.publish()
+        digest = manifest.digest[:16] + "0" * 48
+        pointer = Pointer(generation=1, manifest=manifest.path, digest=digest, previous=None)
+        (tmp_path / "dataset.json").write_bytes(pointer.encode())
+        with pytest.raises(ShardError, match="its digest is not that of"):
+            Manifest.load(str(tmp_path))
+
     def test_pointer_of_a_later_format_is_told(self, tmp_path):
-        content = json.loads(Pointer(generation=1, manifest="m", digest="d", previous=None).encode())
+        name = f"manifests/{'0' * 16}.parquet"
+        content = json.loads(Pointer(generation=1, manifest=name, digest="0" * 64, previous=None).encode())
         (tmp_path / "dataset.json").write_text(json.dumps(content | {"format": 2}))
         with pytest.raises(ShardError, match="is of another format than 1"):
             Manifest.load(str(tmp_path))
