@@ -51,8 +51,9 @@ class LocalFolder:
                     if entry.is_dir():
                         folders.append(Path(entry.path))
                     elif entry.is_file() and not _is_hidden(entry.name):
-                        status = entry.stat()
-                        found[os.path.relpath(entry.path, self.root)] = (status.st_size, str(status.st_mtime_ns))
+                        with contextlib.suppress(FileNotFoundError):  # taken away meanwhile: the others still count
+                            status = entry.stat()
+                            found[os.path.relpath(entry.path, self.root)] = (status.st_size, str(status.st_mtime_ns))
         return found
 
     def open_input(self, path: str) -> BinaryIO:

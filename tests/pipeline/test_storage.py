@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,20 @@ def test_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="cannot write it"):
         Store.from_uri(tmp_path / "file").write_bytes("a", b"1")
+
+
+def test_file_that_vanishes_while_a_folder_is_listed_hides_no_other(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"1")
+    scandir = os.scandir
+
+    @contextmanager
+    def while_another_job_deletes(folder):
+        with scandir(folder) as entries:
+            known = list(entries)
+        Path(known[0].path).unlink()
+        yield known
+
+    monkeypatch.setattr(os, "scandir", while_another_job_deletes)
+    listed = Store.from_uri(tmp_path).list()
+    assert (listed, len(listed)) == (sorted(path.name for path in tmp_path.iterdir()), 2)
