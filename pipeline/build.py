@@ -19,7 +19,7 @@ from pipeline.exclusion import leave_out, read_exclusions
 from pipeline.generations import Changes, Stamps, differing_pairs, find_changes
 from pipeline.manifest import Manifest
 from pipeline.plan import Cut, Plan, make_plan, read_plan
-from pipeline.pointer import read_versioned_pointer
+from pipeline.pointer import Pointer, read_versioned_pointer
 from pipeline.publish import assemble_manifest, publish
 from pipeline.raw import RawFolder
 from pipeline.ray_tasks import Runner
@@ -121,17 +121,15 @@ def build_shards(
     _refuse_unusable(scan.problems, num_usable=len(scan.pairs), skip_unusable=options.skip_unusable)
     store = Store.from_uri(store_uri)
     pointer, version = read_versioned_pointer(store)
-    base = Manifest.load(store.uri(pointer.manifest)) if pointer else None
-    stamps = Stamps.read(store, base.digest) if base else Stamps({})
+    base, stamps = _newest(store, pointer)
     changes = _changes(scan, base, stamps, options, runner) if base else None
     plan = _plan(scan, options, base, changes)
     work = ShardWork(store, plan, runner, skip_unusable=options.skip_unusable, progress=progress)
     entries = work.run()
     problems = [*scan.problems, *(changes.still_excluded if changes else ())]
     problems += [problem for entry in entries for problem in entry.problems]
-    num_usable = sum(entry.info.num_pairs for entry in entries) + plan.num_kept_pairs
-    _refuse_unusable(problems, num_usable=num_usable, skip_unusable=options.skip_unusable)
     manifest = assemble_manifest(plan, entries, problems, store_uri=store.uri())
+    _refuse_unusable(problems, num_usable=manifest.pairs.num_rows, skip_unusable=options.skip_unusable)
     if manifest.plan == plan.fingerprint:  # a plan that only drops shards has no work that would have written it
         plan.write(store)
     stamps.write(store, manifest.digest, scan.pairs, check_images=options.check_images)
@@ -151,6 +149,13 @@ def build_shards(
         problems=count_kinds(problems),
         excluded=manifest.excluded,
     )
+
+
+def _newest(store: Store, pointer: Pointer | None) -> tuple[Manifest | None, Stamps]:
+    if pointer is None:
+        return None, Stamps({})
+    base = Manifest.load(store.uri(pointer.manifest))
+    return base, Stamps.read(store, base.digest)
 
 
 def _changes(scan: SourceScan, base: Manifest, stamps: Stamps, options: BuildOptions, runner: Runner) -> Changes:
