@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from pipeline.storage import Store
 
 _COPY_BYTES = 8 * 1024 * 1024
 _NUM_FETCHES = 4  # shards fetched at a time
+_LOCK_INTERVAL_S = 0.02
 _NUM_TRIES = 2  # of fetching a shard whose bytes arrive wrong
 _GB = 1e9
 _LOGGER = logging.getLogger(__name__)
@@ -165,8 +167,7 @@ class ShardCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         part, target = self._path(shard, "part"), self._path(shard, "tar")
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if not _is_at(part, stream):
+            if not _lock_while_at(part, stream):
                 return False  # another process has finished it
             try:
                 if target.exists():
@@ -276,6 +277,18 @@ def _is_at(path: Path, stream: IO[bytes]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
     except FileNotFoundError:
         return False
+
+
+def _lock_while_at(path: Path, stream: IO[bytes]) -> bool:
+    """Lock an open file, or return False as soon as it has lost its name."""
+    while _is_at(path, stream):
+        # A lock that is waited for would be waited for too long: the file of a finished part lives on as the shard, and
+        # whoever maps that holds a lock on it as long as it is used.
+        with suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _is_at(path, stream)
+        time.sleep(_LOCK_INTERVAL_S)
+    return False
 
 
 def _remove_unless_locked(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,6 +72,22 @@ def reply(process: subprocess.Popen[str]) -> dict:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"lock"}
+
+
+def test_who_waits_for_a_fetch_does_not_wait_for_the_end_of_its_use(store, shards, folder):
+    # Another process fetches the shard and goes on to map it before the waiting one has got any lock of its own.
+    folder.mkdir()
+    part, target = (folder / f"{shards[1].blake3}.{suffix}" for suffix in ("part", "tar"))
+    with ThreadPoolExecutor(1) as pool, part.open("wb") as fetching:
+        fcntl.flock(fetching, fcntl.LOCK_EX)
+        waiting = pool.submit(ShardCache(folder).open, store, shards[1])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        fetching.write(bytes([1]) * NUM_BYTES)
+        fetching.flush()
+        part.replace(target)
+        fcntl.flock(fetching, fcntl.LOCK_SH)  # as a map of it does, for as long as it is used
+        assert bytes(waiting.result(timeout=20).data) == bytes([1]) * NUM_BYTES
 
 
 def test_shard_is_fetched_once_and_then_found(store, shards, folder):
