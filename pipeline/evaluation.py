@@ -147,6 +147,8 @@ def evaluate_checkpoint(
     preprocess = parse(PreprocessConfig, changed, prefix="preprocess")
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
+    if hit_distance_m is not None and not np.isfinite(dataset.location_m).any():
+        raise DataError(f"split {split!r}: no pair has a position, so nothing can be counted by distance")
     queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
@@ -179,8 +181,6 @@ def _batches(
 def _rank_by_distance(found: Descriptors, queries: Queries, distance_m: float | None) -> RetrievalResult | None:
     if distance_m is None:
         return None
-    if not found.location_m.isfinite().any():
-        raise DataError("no pair of the split has a position, so nothing can be counted by distance")
     return rank_pairs(
         found.ground,
         found.aerial,

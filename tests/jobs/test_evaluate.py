@@ -14,6 +14,7 @@ from cvft.checkpoint import CheckpointInfo
 from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig, TransportConfig
 from cvft.model import build_model
 from jobs import entry, evaluate
+from pipeline import evaluation
 from pipeline.checkpoints import CheckpointFolder
 
 PREPROCESS = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
@@ -77,3 +78,14 @@ def test_distance_that_is_none_is_refused(distance, checkpoint, manifest_uri, ca
     arguments = ["--checkpoint", checkpoint, "--manifest", manifest_uri, "--hit-distance", distance]
     assert entry.main(evaluate.JOB, arguments) == 2
     assert "hit_distance_m" in capfd.readouterr().err
+
+
+def test_distance_without_positions_is_refused_before_anything_is_embedded(
+    checkpoint, town, make_manifest, tmp_path, capfd, monkeypatch
+):
+    nowhere = shutil.copytree(town, tmp_path / "nowhere")
+    shutil.rmtree(nowhere / "split_locations")
+    monkeypatch.setattr(evaluation, "embed", lambda *_, **__: 1 / 0)
+    arguments = ["--checkpoint", checkpoint, "--manifest", make_manifest(nowhere), "--hit-distance", "5"]
+    assert entry.main(evaluate.JOB, arguments) == 2
+    assert "split 'val': no pair has a position" in capfd.readouterr().err
