@@ -94,6 +94,9 @@ def _check_columns(path: str, columns: list[str], *, split: str | None, root: Ra
             f"{root.uri}/{path}: no column {', '.join(absent)}; a table of pairs has {', '.join(REQUIRED)} "
             f"(it has {columns})"
         )
+    twice = [name for name in REQUIRED + OPTIONAL if columns.count(name) > 1]
+    if twice:
+        raise DataError(f"{root.uri}/{path}: has column {twice[0]} more than once; remove one")
     if split is not None and "split" in columns:
         raise DataError(f"{root.uri}/{path}: has a split column, so split={split} cannot be given as well")
     for name in columns:

@@ -140,6 +140,11 @@ class TestTable:
         pq.write_table(pa.Table.from_pylist(typed), tmp_path / "pairs.parquet")
         assert open_source(tmp_path).pairs == open_source(table).pairs
 
+    def test_column_given_twice_is_refused(self, tmp_path):
+        (tmp_path / "pairs.csv").write_text("key,ground,ground,aerial\n1,a.jpg,b.jpg,c.jpg\n")
+        with pytest.raises(DataError, match="column ground more than once"):
+            open_source(tmp_path)
+
     def test_without_a_split_column_pairs_are_val_unless_told(self, tmp_path, make_jpeg, make_table):
         make_table(tmp_path / "pairs.csv", table_rows(make_jpeg((20, 30), 0), tmp_path, ["a"]))
         assert count_splits(open_source(tmp_path).pairs) == {"val": 1}
