@@ -7,7 +7,8 @@
 All read the same 2,000 pairs of CVUSA's sizes (the real sample's images in turn where it lies beside the checkout, else
 synthetic ones of 61 and 113 KB), from the page cache, in batches of 32 at 112x616 and 256x256. Each contender is a
 process of its own that stays; they take turns, one epoch each within a round. The table has the median pairs per second
-and the medians of the ratios within a round, so that another process's load hits all alike.
+and the medians of the ratios within a round, so that another process's load hits all alike; beside them
+stands the CPU time of a pair, workers included, which does not depend on what else runs.
 
 `official` is the authors' way: loose files, OpenCV, full decode, float32, INTER_AREA, one process. The peers get our
 decoder (simplejpeg at half size, OpenCV's linear interpolation) and two workers each, and need not shuffle; ours decode
@@ -23,6 +24,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -91,6 +93,16 @@ def shard(folder: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process and its living children, Linux alone."""
+    with contextlib.suppress(FileNotFoundError):  # a child that has just ended
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ticks = sum(int(fields[number]) for number in (11, 12))  # user, system
+        return ticks / os.sysconf("SC_CLK_TCK") + sum(cpu_s(int(child)) for child in children)
+    return 0.0
+
+
 class Contender:
     """A loader's process, which runs an epoch when asked."""
 
@@ -115,11 +127,13 @@ class Contender:
             raise RuntimeError(f"{self._name} ended: {Path(self._log.name).read_text()[-2000:]}")
         return json.loads(line)
 
-    def pairs_per_s(self) -> float:
+    def run_epoch(self) -> tuple[float, float]:
+        """Pairs per second, and CPU milliseconds per pair of the process and its workers."""
+        before = cpu_s(self._process.pid)
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         found = self.answer()
-        return found["pairs"] / found["seconds"]
+        return found["pairs"] / found["seconds"], 1e3 * (cpu_s(self._process.pid) - before) / found["pairs"]
 
     def end(self) -> None:
         self._process.communicate()
@@ -139,12 +153,14 @@ def contenders(folder: Path) -> Iterator[dict[str, Contender]]:
             contender.end()
 
 
-def measure(folder: Path, num_rounds: int) -> dict[str, list[float]]:
+def measure(folder: Path, num_rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Pairs per second of each contender in each round, and its median CPU milliseconds per pair."""
     with contenders(folder) as running:
-        rounds = [{name: contender.pairs_per_s() for name, contender in running.items()} for _ in range(num_rounds)]
-    speeds = {name: [found[name] for found in rounds] for name in NAMES}
+        rounds = [{name: contender.run_epoch() for name, contender in running.items()} for _ in range(num_rounds)]
+    speeds = {name: [found[name][0] for found in rounds] for name in NAMES}
     best_peer = max(PEERS, key=lambda name: statistics.median(speeds[name]))
-    return {**speeds, "best peer": speeds[best_peer]}
+    cpu_ms = {name: round(statistics.median(found[name][1] for found in rounds), 3) for name in NAMES}
+    return {**speeds, "best peer": speeds[best_peer]}, cpu_ms
 
 
 def ratio(speeds: dict[str, list[float]], name: str, other: str) -> float:
@@ -158,12 +174,13 @@ def measure_shares(folder: Path) -> dict[str, dict[str, float]]:
     return answer
 
 
-def report(speeds: dict[str, list[float]], shares: dict[str, dict[str, float]]) -> dict:
-    print("loader          pairs/s  min..max        x official")
+def report(speeds: dict[str, list[float]], cpu_ms: dict[str, float], shares: dict[str, dict[str, float]]) -> dict:
+    print("loader          pairs/s  min..max        x official  CPU ms/pair")
     for name in NAMES:
         found = speeds[name]
-        span = f"{min(found):.0f}..{max(found):.0f}"
-        print(f"{name:<14} {statistics.median(found):>8.0f}  {span:<14} {ratio(speeds, name, 'official'):>11.2f}")
+        median, span = statistics.median(found), f"{min(found):.0f}..{max(found):.0f}"
+        times = ratio(speeds, name, "official")
+        print(f"{name:<14} {median:>8.0f}  {span:<14} {times:>11.2f} {cpu_ms[name]:>12.2f}")
     print("\nCPU ms per pair   read  decode  collate and wait")
     for name, parts in shares.items():
         whole = sum(parts.values())
@@ -175,7 +192,8 @@ def report(speeds: dict[str, list[float]], shares: dict[str, dict[str, float]]) 
         if ratio(speeds, name, other) < wanted
     ]
     medians = {name: round(statistics.median(found), 1) for name, found in speeds.items()}
-    return {"benchmark": "loader", "pairs_per_s": medians, "ratios": ratios, "cpu_ms": shares, "missed": missed}
+    numbers = {"pairs_per_s": medians, "cpu_ms": cpu_ms, "ratios": ratios, "shares_ms": shares}
+    return {"benchmark": "loader", **numbers, "missed": missed}
 
 
 def main() -> int:
@@ -195,8 +213,8 @@ def main() -> int:
         if not (folder / "raw").exists():
             write_raw(folder / "raw", options.sample, options.pairs)
             shard(folder)
-        speeds = measure(folder, options.rounds)
-        result = report(speeds, measure_shares(folder))
+        speeds, cpu_ms = measure(folder, options.rounds)
+        result = report(speeds, cpu_ms, measure_shares(folder))
     print(
         json.dumps({**result, "sample": "real" if options.sample.is_dir() else "synthetic", "rounds": options.rounds})
     )
