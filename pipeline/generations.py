@@ -39,14 +39,14 @@ class Doubt:
         rules: What the layout says about its images.
         check_images: Decode them too.
         pairs: The pairs.
-        hashes: Of each pair's two files, as the manifest has them.
+        expected: What the manifest says of each pair: its two files' hashes, or why it is excluded.
     """
 
     root: RawFolder
     rules: ImageRules
     check_images: bool
     pairs: Sequence[PairSource]
-    hashes: Sequence[tuple[str, ...]]
+    expected: Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,18 +158,21 @@ def find_changes(
             changed.add(key)
         elif not stamps.knows(pair, check_images=check_images):
             doubtful.append(row)
-    doubts = list(_doubts(scan, base, [(row, listed[columns["key"][row]]) for row in doubtful], check_images))
-    if doubtful:
-        _LOGGER.info("%d pairs' files have other times or places than last time: reading them", len(doubtful))
-    changed.update(key for keys in settle(doubts) for key in keys)
+    excluded = {} if retry_excluded else _excluded_before(base, listed, held)
+    doubts = [(listed[key], hashes) for key, hashes in _hashes(base, doubtful)]
+    for key, problems in excluded.items():
+        if not stamps.knows(listed[key], check_images=check_images):
+            doubts.append((listed[key], _unusable(problems)))
+    differing = {key for keys in settle(_tasks(scan, doubts, check_images)) for key in keys}
+    changed |= differing & held
+    still_excluded = [one for key, problems in excluded.items() if key not in differing for one in problems]
     gone = set(dropped)
     touched = {shard for key, shard in zip(columns["key"], columns["shard"], strict=True) if key in changed | gone}
     remaining: dict[int, list[PairSource]] = {shard: [] for shard in sorted(touched)}
     for key, shard in zip(columns["key"], columns["shard"], strict=True):
         if shard in touched and key not in gone:
             remaining[shard].append(listed[key])
-    excluded = [] if retry_excluded else _still_excluded(base, listed, held, stamps, check_images)
-    known = (held - gone) | {problem.key for problem in excluded}
+    known = (held - gone) | {problem.key for problem in still_excluded}
     kept_shards = [number for number in range(len(base.shards)) if number not in touched]
     return Changes(
         num_kept=sum(base.shards[number].num_pairs for number in kept_shards),
@@ -178,51 +181,59 @@ def find_changes(
         new=[pair for pair in scan.pairs if pair.key not in known],
         dropped=dropped,
         changed=sorted(changed),
-        still_excluded=excluded,
+        still_excluded=still_excluded,
     )
 
 
 def differing_pairs(doubt: Doubt) -> list[str]:
-    """Read the pairs' files and return the keys of those that are not what the manifest says, or cannot be used.
+    """Read the pairs' files and return the keys of those that are not what the manifest says.
 
     Raises:
         StoreError: Raw data in a store cannot be read.
     """
     keys = []
-    for pair, hashes in zip(doubt.pairs, doubt.hashes, strict=True):
-        images, _ = load_pair(pair, doubt.root, rules=doubt.rules, check_images=doubt.check_images)
-        if len(images) < len(ROLES) or original_hashes(images) != hashes:
+    for pair, expected in zip(doubt.pairs, doubt.expected, strict=True):
+        images, problems = load_pair(pair, doubt.root, rules=doubt.rules, check_images=doubt.check_images)
+        if (original_hashes(images) if len(images) == len(ROLES) else _unusable(problems)) != expected:
             keys.append(pair.key)
     return keys
 
 
-def _still_excluded(
-    base: Manifest, listed: Mapping[str, PairSource], held: set[str], stamps: Stamps, check_images: bool
-) -> list[Problem]:
-    return [
-        problem
-        for problem in base.excluded
-        if problem.is_unusable and problem.key is not None and problem.key not in held
-        if (pair := listed.get(problem.key)) is not None and stamps.knows(pair, check_images=check_images)
-    ]
+def _excluded_before(base: Manifest, listed: Mapping[str, PairSource], held: set[str]) -> dict[str, list[Problem]]:
+    """Return why pairs of the raw data could not be used when the manifest was made, by key."""
+    excluded: dict[str, list[Problem]] = {}
+    for problem in base.excluded:
+        if problem.is_unusable and problem.key is not None and problem.key in listed and problem.key not in held:
+            excluded.setdefault(problem.key, []).append(problem)
+    return excluded
 
 
-def _doubts(
-    scan: SourceScan, base: Manifest, rows: Sequence[tuple[int, PairSource]], check_images: bool
-) -> Iterator[Doubt]:
-    if not rows:
-        return
+def _unusable(problems: Sequence[Problem]) -> tuple[str, ...]:
+    return tuple(sorted(str(problem) for problem in problems if problem.is_unusable))
+
+
+def _hashes(base: Manifest, rows: Sequence[int]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the key of each row and the hashes of its raw files."""
     suffix = "xxh3_128" if base.profile.name == "original" else "source_xxh3_128"
-    hashes = list(zip(*(base.pairs[f"{role}_{suffix}"].to_pylist() for role in ROLES), strict=True))
-    for start in range(0, len(rows), _PAIRS_PER_TASK):
-        part = rows[start : start + _PAIRS_PER_TASK]
-        yield Doubt(
+    part = base.pairs.select(["key", *(f"{role}_{suffix}" for role in ROLES)]).take(pa.array(rows, pa.int64()))
+    for key, *hashes in zip(*(column.to_pylist() for column in part.columns), strict=True):
+        yield key, tuple(hashes)
+
+
+def _tasks(scan: SourceScan, doubts: Sequence[tuple[PairSource, tuple[str, ...]]], check_images: bool) -> list[Doubt]:
+    if doubts:
+        _LOGGER.info("%d pairs' files have other times or places than last time: reading them", len(doubts))
+    parts = [doubts[start : start + _PAIRS_PER_TASK] for start in range(0, len(doubts), _PAIRS_PER_TASK)]
+    return [
+        Doubt(
             root=scan.root,
             rules=scan.rules,
             check_images=check_images,
-            pairs=[pair for _, pair in part],
-            hashes=[hashes[row] for row, _ in part],
+            pairs=[pair for pair, _ in part],
+            expected=[expected for _, expected in part],
         )
+        for part in parts
+    ]
 
 
 def _has_rows_of(pair: PairSource, rows_px: tuple[object, ...], base: Manifest) -> bool:

@@ -206,6 +206,22 @@ def test_images_that_were_not_checked_are_when_that_is_asked_for(cvusa, store):
     assert runner.functions == []
 
 
+def test_excluded_pair_is_mixed_into_no_new_shard_for_having_another_time(cvusa, store, tmp_path, make_jpeg):
+    broken = cvusa / "bingmap/19/0000004.jpg"
+    broken.write_bytes(b"broken")
+    build(cvusa, store, skip_unusable=True)
+    shutil.copytree(store, tmp_path / "other")
+    add_pairs(cvusa, range(17, 27), make_jpeg)
+    second = build(cvusa, store, skip_unusable=True)
+    os.utime(broken, (1, 1))
+    other = build(cvusa, tmp_path / "other", skip_unusable=True)
+    assert (other.digest, dict(other.changes), len(other.excluded)) == (second.digest, dict(second.changes), 1)
+    broken.write_bytes(make_jpeg((187, 187), 4))
+    assert build(cvusa, store, skip_unusable=True).num_pairs == 26
+    broken.write_bytes(b"")
+    assert [problem.kind for problem in build(cvusa, store, skip_unusable=True).excluded] == ["empty_file"]
+
+
 def test_damaged_stamps_cost_a_reading_and_nothing_else(cvusa, store, caplog):
     first = build(cvusa, store)
     next((store / "stamps").iterdir()).write_bytes(b"PAR1")
