@@ -15,6 +15,7 @@ from cvft.configuration import require
 
 ProfileName = Literal["original", "preresized"]
 JPEG_QUALITY = 95
+MAX_SIDE_PX = 10_000  # libjpeg writes no more than 65,500, and `pipeline.images` reads no more than 200 million pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class ShardProfile:
             )
         else:
             for size in sizes:
-                is_size = size is not None and len(size) == 2 and min(size) >= 1
-                require(is_size, f"profile: {size} must be a height and a width of at least 1")
+                is_size = size is not None and len(size) == 2 and min(size) >= 1 and max(size) <= MAX_SIDE_PX
+                require(is_size, f"profile: {size} must be a height and a width from 1 to {MAX_SIDE_PX}")
             require(self.jpeg_quality is not None, "profile: preresized needs a JPEG quality")
 
     def plain(self) -> dict[str, Any]:

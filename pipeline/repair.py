@@ -77,9 +77,10 @@ def repair(
         if damage.shard is not None:
             files.setdefault(damage.shard, set()).add(damage.path)
     scan = open_source(root, layout=layout, split=split) if files else None
+    listed = {pair.key: pair for pair in scan.pairs} if scan else {}
     for number, (shard, paths) in enumerate(sorted(files.items()), start=1):
         assert scan is not None
-        trouble = _write_again(manifest, shard, scan, store=store, paths=paths)
+        trouble = _write_again(manifest, shard, scan, listed=listed, store=store, paths=paths)
         if trouble:
             failed |= dict.fromkeys(sorted(paths), trouble)
         else:
@@ -89,10 +90,11 @@ def repair(
     return RepairReport(repaired=repaired, failed=failed)
 
 
-def _write_again(manifest: Manifest, shard: int, scan: SourceScan, *, store: Store, paths: set[str]) -> str:
+def _write_again(
+    manifest: Manifest, shard: int, scan: SourceScan, *, listed: Mapping[str, PairSource], store: Store, paths: set[str]
+) -> str:
     """Put the files `paths` of a shard in their places, whole; return why not, or an empty string."""
     rows = manifest.pairs.filter(pc.field("shard") == shard).to_pylist()
-    listed: dict[str, PairSource] = {pair.key: pair for pair in scan.pairs}
     absent = [row["key"] for row in rows if row["key"] not in listed]
     if absent:
         return f"the raw data lacks {len(absent)} of its {len(rows)} pairs, first {absent[0]}"

@@ -25,6 +25,7 @@ def test_words_name_the_sizes():
         {"name": "original", "jpeg_quality": 95},
         {"name": "preresized"},
         {"name": "preresized", "ground_size_px": [0, 616], "aerial_size_px": [256, 256], "jpeg_quality": 95},
+        {"name": "preresized", "ground_size_px": [112, 70_000], "aerial_size_px": [256, 256], "jpeg_quality": 95},
         {"name": "preresized", "ground_size_px": [112, 616], "aerial_size_px": [256, 256]},
     ],
 )
