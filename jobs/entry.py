@@ -128,6 +128,7 @@ class Progress:
         self._unit = unit
         self._started = time.monotonic()
         self._printed = 0.0
+        self._is_done = False
 
     @property
     def seconds(self) -> float:
@@ -141,8 +142,9 @@ class Progress:
             self._started = now
         is_terminal = sys.stderr.isatty()
         interval_s = 0.2 if is_terminal else LINE_INTERVAL_S
-        if done < total and now - self._printed < interval_s:
+        if self._is_done or (done < total and now - self._printed < interval_s):
             return
+        self._is_done = done >= total
         self._printed = now
         rate = (done - before) / self.seconds
         left = f"{(total - done) / rate if rate else 0:,.0f} s left" if rate or done >= total else "time left unknown"

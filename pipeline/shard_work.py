@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
 
 from cvft.errors import ShardError
+from pipeline.manifest import PAIR_SCHEMA
 from pipeline.plan import Plan
 from pipeline.ray_tasks import Runner
 from pipeline.shards import ShardEntry, ShardSpec, read_entry, write_shard
@@ -81,7 +84,7 @@ class ShardWork:
         tasks = [(spec, self._store.uri()) for spec in missing]
         for number, num_bytes in self._runner.run(_write_shard_task, tasks, self._tell):
             spec = missing[number]
-            self._entries[spec.name] = read_entry(self._store, spec.sidecar)
+            self._entries[spec.name] = _compact(read_entry(self._store, spec.sidecar))
             self.num_written += 1
             self._num_pairs_done += len(spec.pairs)
             self._num_bytes_written += num_bytes
@@ -106,7 +109,7 @@ class ShardWork:
 
     def _try_entry(self, spec: ShardSpec) -> ShardEntry | None:
         try:
-            return read_entry(self._store, spec.sidecar)
+            return _compact(read_entry(self._store, spec.sidecar))
         except ShardError as error:
             _LOGGER.warning("%s is written again: %s", spec.name, error)
             return None
@@ -129,3 +132,9 @@ class ShardWork:
 def _write_shard_task(task: tuple[ShardSpec, str]) -> int:
     spec, store_uri = task
     return write_shard(spec, Store.from_uri(store_uri)).info.num_bytes
+
+
+def _compact(entry: ShardEntry) -> ShardEntry:
+    """Return the entry with columns of Arrow: of a million pairs, lists of Python objects would fill gigabytes."""
+    columns = {name: pa.array(values, PAIR_SCHEMA.field(name).type) for name, values in entry.columns.items()}
+    return replace(entry, columns=columns)

@@ -93,7 +93,7 @@ class ShardEntry:
     info: ShardInfo
     fingerprint: str
     is_checked: bool
-    columns: dict[str, list[Any]]
+    columns: Mapping[str, Sequence[Any]]
     problems: list[Problem]
 
 
