@@ -119,12 +119,12 @@ def _resize(pixels: Pixels, out: Pixels, *, is_fast: bool) -> None:
 
 
 def check_decodes(data: Buffer, info: ImageInfo) -> None:
-    """Decode at an eighth of the size, which reads every bit of a JPEG at about half the cost.
+    """Decode at an eighth of the size and without colours, which reads every bit of a JPEG at less than half the cost.
 
     Raises:
         DataError: The image is damaged in a way that the decoder notices.
     """
-    _decode_scaled(data, info, factor=8)
+    _decode_scaled(data, info, factor=8, colorspace="RGB" if info.colorspace == "RGB" else "GRAY")
 
 
 def thumbnail(data: Buffer, max_px: int, *, rows_px: Rows | None = None) -> Pixels:
@@ -185,13 +185,15 @@ def _refuse_bomb(*, height_px: int, width_px: int) -> None:
         )
 
 
-def _decode_scaled(data: Buffer, info: ImageInfo, *, factor: int, out: Pixels | None = None) -> Pixels:
+def _decode_scaled(
+    data: Buffer, info: ImageInfo, *, factor: int, out: Pixels | None = None, colorspace: str = "RGB"
+) -> Pixels:
     if info.kind == "png" or info.colorspace not in _TURBO_COLORSPACES:
         return _decode_with_pillow(data, factor=factor, out=out)
     try:
         pixels = simplejpeg.decode_jpeg(
             data,
-            colorspace="RGB",
+            colorspace=colorspace,
             min_height=-(-info.height_px // factor) if factor > 1 else 0,
             min_width=-(-info.width_px // factor) if factor > 1 else 0,
             buffer=out,

@@ -228,3 +228,29 @@ def test_bomb_is_refused_before_it_is_decoded(data):
 
 def test_large_image_below_the_limit_is_no_bomb_to_pillow_either():
     assert read_info(png_that_claims(10_000, 19_999)).width_px == 19_999
+
+
+def test_check_without_colours_notices_what_decoding_in_colour_notices():
+    data = encode_jpeg(picture((64, 96)), quality=90)
+    generator = np.random.default_rng(0)
+    num_noticed = 0
+    for number in range(300):
+        damaged = bytearray(data)
+        position = int(generator.integers(650, len(data) - 64))
+        if number % 3 == 0:
+            damaged[position] ^= 1 << number % 8
+        elif number % 3 == 1:
+            damaged[position : position + 48] = bytes(48)
+        else:
+            del damaged[position:]
+        info = read_info(data)
+        verdicts = []
+        for look in (check_decodes, lambda content, info: thumbnail(content, max(info.height_px, info.width_px) // 8)):
+            try:
+                look(bytes(damaged), info)
+                verdicts.append(True)
+            except DataError:
+                verdicts.append(False)
+        assert verdicts[0] == verdicts[1]
+        num_noticed += not verdicts[0]
+    assert num_noticed > 100
