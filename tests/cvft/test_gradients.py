@@ -109,7 +109,12 @@ def test_the_real_network_in_chunks_with_dropout_equals_one_pass(is_shared):
     chunked = dataclasses.replace(forward, chunk_size=2)
     found = compute_gradients(other, batch, forward=chunked, loss=build_loss(LossConfig()))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    assert _largest_difference(model, other) < 1e-5
+    # Of the largest of all gradients: some tensors are sums that all but cancel, and float32 keeps little of those.
+    gradients, others = (
+        torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.requires_grad])
+        for network in (model, other)
+    )
+    assert (gradients - others).abs().max() < 1e-5 * gradients.abs().max()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
