@@ -15,7 +15,6 @@ from pipeline.raw import RawFolder
 from pipeline.schema import ImageRules, PairSource
 from pipeline.sources.base import Problem, printable
 
-ROLES = ("ground", "aerial")
 _JPEG_SUFFIXES = (".jpg", ".jpeg")
 _START_OF_JPEG, _END_OF_JPEG = b"\xff\xd8", b"\xff\xd9"
 _GREYSCALE = frozenset({"Gray", "L", "1", "I", "LA", "I;16"})

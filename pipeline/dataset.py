@@ -16,9 +16,9 @@ from pipeline.access import CachedShards, LocalShards, RangeReads, ShardBytes
 from pipeline.cache import ShardCache
 from pipeline.images import Rows
 from pipeline.manifest import Manifest
+from pipeline.schema import ROLES
 from pipeline.storage import Store
 
-ROLES = ("ground", "aerial")
 PairBytes = tuple[memoryview, memoryview]
 """The ground and the aerial image's file."""
 Span = tuple[int, int]

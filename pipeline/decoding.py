@@ -23,10 +23,11 @@ from cvft.batch import Batch
 from cvft.config import PreprocessConfig
 from cvft.configuration import require
 from cvft.errors import ConfigError, DataError
-from pipeline.dataset import ROLES, PairBytes, PairDataset
+from pipeline.dataset import PairBytes, PairDataset
 from pipeline.images import decode
 from pipeline.profile import ShardProfile
 from pipeline.sampler import Indices
+from pipeline.schema import ROLES
 
 _NUM_AHEAD = 2  # batches being decoded while one is in use
 _CHUNKS_PER_THREAD = (

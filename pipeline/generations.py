@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.checks import ROLES, load_pair
+from pipeline.checks import load_pair
 from pipeline.manifest import Manifest
 from pipeline.profile import ORIGINAL
 from pipeline.raw import RawFolder
-from pipeline.schema import ImageRules, PairSource
+from pipeline.schema import ROLES, ImageRules, PairSource
 from pipeline.shards import FACTS, original_hashes, pair_facts
 from pipeline.sources.base import Problem, SourceScan
 from pipeline.storage import Store

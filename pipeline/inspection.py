@@ -14,12 +14,12 @@ from PIL import Image
 
 from cvft.configuration import require
 from cvft.errors import DataError, ShardError
-from pipeline.checks import ROLES
 from pipeline.images import thumbnail
 from pipeline.manifest import Manifest
 from pipeline.report.contact_sheet import AERIAL_WIDTH_PX, GROUND_WIDTH_PX, Card, contact_sheet
 from pipeline.report.gallery import format_distance
 from pipeline.report.style import data_uri, rasterise
+from pipeline.schema import ROLES
 from pipeline.storage import Store
 
 _NUM_THREADS = 8

@@ -14,11 +14,9 @@ from pipeline.geography import NeighbourTree, extent, is_located
 from pipeline.leaks import find_leaks
 from pipeline.manifest import Manifest
 from pipeline.pointer import read_pointer
-from pipeline.schema import TRAIN
+from pipeline.schema import ROLES, TRAIN
 from pipeline.sources.base import count_kinds
 from pipeline.storage import Store
-
-_ROLES = ("ground", "aerial")
 
 
 def manifest_statistics(manifest: Manifest) -> dict[str, Any]:
@@ -59,8 +57,8 @@ def _split_statistics(manifest: Manifest, split: str) -> dict[str, Any]:
         "pairs": rows.num_rows,
         "shards": len(shards),
         "bytes": sum(shard.num_bytes for shard in shards),
-        "image_bytes": {role: pc.sum(rows[f"{role}_bytes"]).as_py() for role in _ROLES},
-        "sizes_px": {role: _sizes(rows, role) for role in _ROLES},
+        "image_bytes": {role: pc.sum(rows[f"{role}_bytes"]).as_py() for role in ROLES},
+        "sizes_px": {role: _sizes(rows, role) for role in ROLES},
         "located": int(is_located(location_m).sum()),
         "locations": pc.count_distinct(rows["location_id"]).as_py(),
         "extent": None if box is None else asdict(box),

@@ -16,6 +16,7 @@ Layout = Literal["cvusa", "cvact", "vigor", "table"]
 TRAIN = "train"
 VAL = "val"
 TEST = "test"
+ROLES = ("ground", "aerial")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,9 +23,10 @@ from cvft.batch import Batch
 from cvft.config import PreprocessConfig
 from cvft.errors import CvftError, ShardError
 from pipeline import sampler
-from pipeline.dataset import ROLES, PairBytes, PairDataset
+from pipeline.dataset import PairBytes, PairDataset
 from pipeline.decoding import Decoder, Request
 from pipeline.manifest import Manifest, ShardInfo
+from pipeline.schema import ROLES
 from pipeline.storage import Store
 
 _BUFFER_BYTES = 1024 * 1024

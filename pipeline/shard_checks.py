@@ -16,8 +16,8 @@ import xxhash
 from blake3 import blake3
 
 from cvft.errors import ShardError, StoreError
-from pipeline.checks import ROLES
 from pipeline.manifest import ShardInfo
+from pipeline.schema import ROLES
 from pipeline.storage import Store
 from pipeline.tar_reader import BLOCK_BYTES, Member, walk
 

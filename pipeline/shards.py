@@ -19,12 +19,12 @@ import xxhash
 from blake3 import blake3
 
 from cvft.errors import DataError, ShardError
-from pipeline.checks import ROLES, LoadedImage, damage_kind, load_pair
+from pipeline.checks import LoadedImage, damage_kind, load_pair
 from pipeline.images import ImageInfo, decode, encode_jpeg
 from pipeline.manifest import PAIR_SCHEMA, ShardInfo, canonical_json
 from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.raw import RawFolder
-from pipeline.schema import ImageRules, Location, PairSource
+from pipeline.schema import ROLES, ImageRules, Location, PairSource
 from pipeline.sources.base import Problem, printable
 from pipeline.storage import Store
 from pipeline.tar_writer import TarWriter

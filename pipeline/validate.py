@@ -11,10 +11,10 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.checks import ROLES, load_pair
+from pipeline.checks import load_pair
 from pipeline.leaks import TRAITS, Repeat, Traits, find_repeats, make_traits
 from pipeline.raw import RawFolder
-from pipeline.schema import TRAIN, PairSource
+from pipeline.schema import ROLES, TRAIN, PairSource
 from pipeline.sources.base import Problem, SourceScan, count_kinds, count_splits, printable, unusable_summary
 from pipeline.sources.detect import open_source
 

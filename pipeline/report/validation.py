@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvft.errors import DataError, StoreError
-from pipeline.checks import ROLES
 from pipeline.images import encode_jpeg, thumbnail
 from pipeline.report.render import render
 from pipeline.report.validation_text import format_bytes, leak_sentence, ordered_kinds, verdict
-from pipeline.schema import PairSource
+from pipeline.schema import ROLES, PairSource
 from pipeline.sources.base import Problem, printable
 from pipeline.sources.kinds import KINDS, Kind
 from pipeline.validate import Alike, ImageStatistics, ValidationReport

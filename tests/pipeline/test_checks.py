@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.checks import ROLES, check_image, exif_orientation, load_pair
+from pipeline.checks import check_image, exif_orientation, load_pair
 from pipeline.images import MAX_PIXELS
-from pipeline.schema import ImageRules
+from pipeline.schema import ROLES, ImageRules
 from pipeline.sources.detect import open_source
 from pipeline.sources.kinds import KINDS, NOTED_KINDS, UNUSABLE_KINDS
 

@@ -219,7 +219,7 @@ READERS: dict[str, Callable[[Manifest], object]] = {
 def hostile_tar(path: Path, how: str) -> None:
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         info = tarfile.TarInfo(
-            {"traversal": "../../escaped.ground.jpg", "absolute": "/tmp/escaped.jpg"}.get(how, "a.jpg")
+            {"traversal": "../../escaped.ground.jpg", "absolute": str(path.with_name("escaped.jpg"))}.get(how, "a.jpg")
         )
         if how == "link":
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -251,7 +251,6 @@ def test_hostile_tar_in_a_shards_place_is_refused_by_every_reader(how, cvusa, tm
         (name, "bad_tar"),
     }
     assert everything_below(tmp_path) == before
-    assert not Path("/tmp/escaped.jpg").exists()
 
 
 def bomb() -> bytes:
