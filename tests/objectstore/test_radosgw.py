@@ -110,5 +110,6 @@ def test_memory_stays_bounded_while_300_mb_stream_by(radosgw_uri):
     done = subprocess.run([sys.executable, "-c", _STREAM, radosgw_uri], capture_output=True, text=True, check=True)
     writing_bytes, reading_bytes, num_bytes = json.loads(done.stdout)
     assert num_bytes == 300_000_000
-    assert 10 << 20 < writing_bytes < 90 << 20  # 64 MiB of parts, and what the allocator keeps
+    # 64 MiB of parts and what the allocator keeps beside them: far from the 286 MiB that went by.
+    assert 10 << 20 < writing_bytes < 128 << 20
     assert reading_bytes < 20 << 20
