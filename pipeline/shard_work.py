@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from cvft.errors import ShardError
-from pipeline.manifest import PAIR_SCHEMA
+from pipeline.manifest import PAIR_SCHEMA, Manifest
 from pipeline.plan import Plan
+from pipeline.pointer import read_pointer
 from pipeline.ray_tasks import Runner
 from pipeline.shards import ShardEntry, ShardSpec, read_entry, write_shard
 from pipeline.storage import Store
@@ -131,7 +132,27 @@ class ShardWork:
 
 def _write_shard_task(task: tuple[ShardSpec, str]) -> int:
     spec, store_uri = task
-    return write_shard(spec, Store.from_uri(store_uri)).info.num_bytes
+    store = Store.from_uri(store_uri)
+    if store.exists(spec.name):
+        _refuse_published(spec, store)
+    return write_shard(spec, store).info.num_bytes
+
+
+def _refuse_published(spec: ShardSpec, store: Store) -> None:
+    """Refuse to write over a shard of the newest manifest: another job with the same plan was faster.
+
+    Its shard may hold other pairs (it checked images where this one does not, or left out what this one would not), so
+    that a manifest would no longer describe its shards.
+
+    Raises:
+        ShardError: The newest manifest has a shard of this name.
+    """
+    newest = read_pointer(store)
+    if newest and spec.name in {shard.name for shard in Manifest.load(store.uri(newest.manifest)).shards}:
+        raise ShardError(
+            f"{store.uri(spec.name)}: another job published this shard meanwhile, in generation {newest.generation}; "
+            "it was not touched; the same command goes on from there"
+        )
 
 
 def _compact(entry: ShardEntry) -> ShardEntry:
