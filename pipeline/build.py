@@ -22,7 +22,7 @@ from pipeline.plan import Cut, Plan, make_plan, read_plan
 from pipeline.pointer import Pointer, read_versioned_pointer
 from pipeline.publish import assemble_manifest, publish
 from pipeline.raw import RawFolder
-from pipeline.ray_tasks import Runner
+from pipeline.runner import Runner
 from pipeline.shard_work import BuildProgress, ShardWork
 from pipeline.sources.base import Problem, SourceScan, count_kinds, unusable_summary
 from pipeline.sources.detect import open_source

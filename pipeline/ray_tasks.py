@@ -1,4 +1,4 @@
-"""A function over many inputs: on Ray, a bounded window of tasks at a time, retried; or plainly in this process.
+"""A function over many inputs on Ray: a bounded window of tasks at a time, retried.
 
 What a task raises because a store or a disk failed, and a worker or a node that is gone (killed, out of memory), is
 tried again on another worker, up to three times for each input. Anything else stops all.
@@ -12,52 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import ray
 
 from cvft.configuration import require
 from cvft.errors import ClusterError, CvftError, StoreError
+from pipeline.runner import Input, Output
 
 RaySession = Callable[[], AbstractContextManager[None]]
-Input = TypeVar("Input")
-Output = TypeVar("Output")
 
 MAX_RETRIES = 3
 _TICK_S = 1.0
 _LOGGER = logging.getLogger(__name__)
 _LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 _ENDED = (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError)
-
-
-class Runner(Protocol):
-    """Runs a function over inputs.
-
-    Attributes:
-        num_retries: How many times an input was tried again so far.
-    """
-
-    num_retries: int
-
-    def run(
-        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
-    ) -> Iterator[tuple[int, Output]]:
-        """Yield (number of the input, output) as they are finished; call `tick` at the beginning and now and then."""
-        ...
-
-
-class Here:
-    """Runs in this process, one input after the other."""
-
-    num_retries = 0
-
-    def run(
-        self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
-    ) -> Iterator[tuple[int, Output]]:
-        """See `Runner`."""
-        for number, content in enumerate(inputs):
-            tick()
-            yield number, function(content)
 
 
 class OnRay:

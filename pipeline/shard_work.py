@@ -13,7 +13,7 @@ from cvft.errors import ShardError
 from pipeline.manifest import PAIR_SCHEMA, Manifest
 from pipeline.plan import Plan
 from pipeline.pointer import read_pointer
-from pipeline.ray_tasks import Runner
+from pipeline.runner import Runner
 from pipeline.shards import ShardEntry, ShardSpec, read_entry, write_shard
 from pipeline.storage import Store
 

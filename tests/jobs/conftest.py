@@ -35,7 +35,7 @@ def make_manifest(tmp_path_factory) -> Callable[[Path], str]:
     def make(root: Path) -> str:
         from pipeline.build import BuildOptions, build_shards  # noqa: PLC0415 (imports ray)
         from pipeline.plan import Cut  # noqa: PLC0415
-        from pipeline.ray_tasks import Here  # noqa: PLC0415
+        from pipeline.runner import Here  # noqa: PLC0415
 
         options = BuildOptions(cut=Cut(pairs_per_shard=8))
         return build_shards(root, str(tmp_path_factory.mktemp("store")), options, runner=Here()).manifest

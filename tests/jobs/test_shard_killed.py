@@ -17,7 +17,7 @@ import pytest
 from pipeline.build import BuildOptions, build_shards
 from pipeline.manifest import Manifest
 from pipeline.plan import Cut
-from pipeline.ray_tasks import Here
+from pipeline.runner import Here
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from pipeline.images import encode_jpeg
 from pipeline.manifest import Manifest
 from pipeline.plan import Cut
 from pipeline.profile import ORIGINAL, ShardProfile
-from pipeline.ray_tasks import Here
+from pipeline.runner import Here
 
 GROUND_PX = (56, 308)  # a quarter of CVUSA's sides
 AERIAL_PX = (187, 187)

@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs import entry
 from pipeline.build import BuildOptions, build_shards
 from pipeline.plan import Cut
-from pipeline.ray_tasks import Here
+from pipeline.runner import Here
 
 
 def main() -> int:

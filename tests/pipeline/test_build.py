@@ -13,7 +13,8 @@ from pipeline.dataset import PairDataset
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 from pipeline.plan import Cut
-from pipeline.ray_tasks import Here, OnRay
+from pipeline.ray_tasks import OnRay
+from pipeline.runner import Here
 from pipeline.storage import Store
 
 

@@ -17,7 +17,7 @@ from pipeline.manifest import Manifest
 from pipeline.plan import Cut
 from pipeline.pointer import POINTER_FILE, Pointer, move_pointer, read_pointer, read_versioned_pointer
 from pipeline.profile import preresized
-from pipeline.ray_tasks import Here
+from pipeline.runner import Here
 from pipeline.storage import Store
 from pipeline.verify import verify
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cvft.errors import ClusterError, DataError, StoreError
-from pipeline.ray_tasks import MAX_RETRIES, Here, OnRay
+from pipeline.ray_tasks import MAX_RETRIES, OnRay
+from pipeline.runner import Here
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
