@@ -18,6 +18,7 @@ SUMMARIES = {
     "train": "train a network on a manifest",
     "evaluate": "measure a checkpoint's recall on a manifest",
     "report": "make the HTML report of a checkpoint",
+    "ablate": "compare variants on the same pairs with several seeds",
     "import_official": "turn the authors' TensorFlow checkpoint into ours",
 }
 
