@@ -140,8 +140,8 @@ def rank_matches(
         ValueError: A target is no row of `reference`.
     """
     query, reference = query.float(), reference.float()
-    _require_finite("query", query)
-    _require_finite("reference", reference)
+    require_finite("query", query)
+    require_finite("reference", reference)
     target = (torch.arange(len(query)) if target is None else target).to(query.device)
     smallest, largest = (int(end) for end in target.aminmax())
     if smallest < 0 or largest >= len(reference):
@@ -149,7 +149,7 @@ def rank_matches(
     parts = []
     longest = reference.norm(dim=1).max()
     with full_precision(query.device), torch.no_grad():
-        for rows in _slices(len(query), block):
+        for rows in row_slices(len(query), block):
             matches = partial(_matches, rows, target=target, hits=hits)
             parts.append(
                 _rank_block(query[rows], reference, matches=matches, longest=longest, num_top=num_top, block=block)
@@ -170,7 +170,7 @@ def _rank_block(
     queries: Tensor, reference: Tensor, *, matches: Callable[[slice], Tensor], longest: Tensor, num_top: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return match rank [Q], exact score [Q], top indices [Q, T] and top scores [Q, T] of a block of queries."""
-    parts = _slices(len(reference), block)
+    parts = row_slices(len(reference), block)
     score = _best_match(queries, reference, matches=matches, parts=parts)
     # `doubt` is six standard deviations of the rounding error of one running float32 sum of D terms; blocked products
     # stay below (on a CPU at D=4096: a twentieth of it). A float64 sum is off by less than D roundings.
@@ -198,7 +198,7 @@ def _count_rivals(queries: Tensor, references: Tensor, *, is_doubtful: Tensor, f
     # So many that a whole product costs less than one by one: the model has all but collapsed.
     exact_references = references.double().T
     counts = []
-    for part in _slices(len(queries), _CHUNK):
+    for part in row_slices(len(queries), _CHUNK):
         exact = queries[part].double() @ exact_references
         counts.append(((exact >= floor[part, None]) & is_doubtful[part]).sum(dim=1))
     return torch.cat(counts)
@@ -208,7 +208,7 @@ def _exact_similarity(queries: Tensor, references: Tensor, *, rows: Tensor, colu
     """Return the float64 similarities [P] of P single pairs."""
     products = [
         queries[rows[pairs]].double().mul_(references[columns[pairs]]).sum(dim=1)
-        for pairs in _slices(len(rows), _CHUNK)
+        for pairs in row_slices(len(rows), _CHUNK)
     ]
     return torch.cat([queries.new_empty(0, dtype=torch.float64), *products])
 
@@ -244,14 +244,24 @@ def _matches(rows: slice, part: slice, *, target: Tensor, hits: HitDistance | No
     return is_match
 
 
-def _slices(length: int, step: int) -> list[slice]:
+def row_slices(length: int, step: int) -> list[slice]:
+    """Cut `length` rows into blocks of `step` rows; the last one may be shorter."""
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _require_finite(role: str, descriptors: Tensor) -> None:
+def require_finite(role: str, descriptors: Tensor) -> None:
+    """Refuse descriptors of weights that have diverged, and an empty split.
+
+    Args:
+        role: What to call them in the message.
+        descriptors: float32 [N, D].
+
+    Raises:
+        TrainingError: A value is NaN or infinite, or there is no row.
+    """
     if len(descriptors) == 0:
         raise TrainingError(f"there is no {role} descriptor to rank; the split is empty")
-    is_finite = torch.cat([descriptors[rows].isfinite().all(dim=1) for rows in _slices(len(descriptors), _CHUNK)])
+    is_finite = torch.cat([descriptors[rows].isfinite().all(dim=1) for rows in row_slices(len(descriptors), _CHUNK)])
     if not is_finite.all():
         bad = (~is_finite).nonzero()[:, 0].tolist()
         raise TrainingError(
