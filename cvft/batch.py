@@ -6,7 +6,7 @@ Shape letters: B pairs, H rows, W columns, 3 channels in RGB order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Batch:
         location_m: float64 [B, 3], positions in metres whose straight distances are distances on the ground: either
             (easting, northing, 0) or earth-centred, one kind for the whole dataset; NaN where unknown.
         num_valid: Number of leading rows that count; the rest pads a last evaluation batch.
+        num_global: Pairs of the global batch over all ranks, where their number is no multiple of the ranks' and some
+            rank holds one pair less; none means that every rank holds as many as this one.
     """
 
     ground: Tensor
@@ -30,15 +32,16 @@ class Batch:
     index: Tensor
     location_m: Tensor
     num_valid: int
+    num_global: int | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; pinned host memory is copied without waiting."""
-        return Batch(
+        return replace(
+            self,
             ground=self.ground.to(device, non_blocking=True),
             aerial=self.aerial.to(device, non_blocking=True),
             index=self.index.to(device, non_blocking=True),
             location_m=self.location_m.to(device, non_blocking=True),
-            num_valid=self.num_valid,
         )
 
 

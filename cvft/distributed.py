@@ -1,7 +1,7 @@
 """Everything that several training processes say to each other; the only module that imports torch.distributed.
 
-Rank r of W holds the rows [r::W] of every global batch, so that a global batch is the same for any number of processes.
-The gathers put the rows back into global order.
+Rank r of W holds the rows [r::W] of every global batch, so that a global batch is the same for any number of processes;
+where W does not divide it, the last ranks hold one row less. The gathers put the rows back into global order.
 
 Cost of one gather of a [B, D] tensor over W ranks (b = 4 bytes): each rank receives (W - 1) / W * B * D * b bytes and
 holds the result twice for a moment; the backward of `gather_with_gradient` sends nothing. For B=128, D=4096 that is 2
@@ -60,51 +60,79 @@ def torchrun_world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor, *, num_rows: int | None = None) -> Tensor:
     """Concatenate a tensor of every rank along the first axis, in global order, without gradient.
 
     Args:
-        tensor: [B / W, ...] on each rank, of the same shape on all of them.
+        tensor: The rows [r::W] of a [B, ...] on rank r, of the same type and other sizes on all of them.
+        num_rows: B; none where every rank has the same number of rows. Lengths are not sent: a GPU would be waited for.
 
     Returns:
         [B, ...], where row i came from rank i % W.
+
+    Raises:
+        ValueError: This rank's rows are not its part of `num_rows`, or a rank would have none.
     """
     world = current_world()
+    num_rows = len(tensor) * world.size if num_rows is None else num_rows
+    longest = _check_rows(len(tensor), num_rows, world)
+    own = tensor.detach()
     if world.size == 1:
-        return tensor.detach()
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world.size)]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+        return own
+    own = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])  # ranks send equal sizes
+    parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(world.size)]
+    dist.all_gather(parts, own.contiguous())
+    # The rows that were padded are the last ones in global order.
+    return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows]
+
+
+def num_rows_of_longest(num_rows: int, world: World) -> int:
+    """Return how many of `num_rows` rows the first rank holds, which holds the most."""
+    return -(-num_rows // world.size)
+
+
+def _check_rows(num_own: int, num_rows: int, world: World) -> int:
+    """Return the rows of the longest part."""
+    expected = -(-(num_rows - world.rank) // world.size)
+    if num_rows < world.size or num_own != expected:
+        raise ValueError(
+            f"rank {world.rank} of {world.size} holds {num_own} rows of {num_rows}, not {max(expected, 1)}"
+        )
+    return num_rows_of_longest(num_rows, world)
 
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, world: World, num_rows: int | None) -> Tensor:
         ctx.world = world
-        return gather(tensor)
+        return gather(tensor, num_rows=num_rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0][ctx.world.rank :: ctx.world.size] * ctx.world.size, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.world.rank :: ctx.world.size] * ctx.world.size, None, None
 
 
-def gather_with_gradient(tensor: Tensor) -> Tensor:
+def gather_with_gradient(tensor: Tensor, *, num_rows: int | None = None) -> Tensor:
     """Concatenate a tensor of every rank along the first axis, in global order, with an exact gradient.
 
     Every rank must compute the same loss from the result. Then the gradient of that loss is known to every rank, each
     keeps the slice of its own rows, and nothing is sent. The slice is multiplied by W because DDP averages over ranks
-    what has to be summed.
+    what has to be summed, whatever number of rows each of them has.
 
     Args:
-        tensor: [B / W, ...] on each rank, of the same shape on all of them.
+        tensor: As in `gather`.
+        num_rows: As in `gather`.
 
     Returns:
         [B, ...], where row i came from rank i % W.
+
+    Raises:
+        ValueError: As in `gather`.
     """
     world = current_world()
     if world.size == 1:
         return tensor
-    return cast(Tensor, _GatherWithGradient.apply(tensor, world))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _GatherWithGradient.apply(tensor, world, num_rows))  # type: ignore[no-untyped-call]
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

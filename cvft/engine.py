@@ -125,7 +125,7 @@ def train_epoch(
     Args:
         model: Gives (ground, aerial) descriptors [B, D] of (ground, aerial, noise=); wrapped by `wrap_ddp` where there
             are several ranks.
-        batches: This rank's batches; every rank has the same number of them and of rows in each.
+        batches: This rank's batches; every rank has the same number of them, and of rows too but for `num_global`.
         preprocess: Makes the network's input from pixels on the model's device.
         loss: Computed on every rank over the global batch; on the model's device.
         optimizer: Its learning rate is set at every step.
@@ -154,7 +154,7 @@ def train_epoch(
         value, norm = _train_step(
             model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer, max_norm=max_gradient_norm
         )
-        step_s, pairs = time.perf_counter() - begun, len(batch.index) * current_world().size
+        step_s, pairs = time.perf_counter() - begun, batch.num_global or len(batch.index) * current_world().size
         num_pairs += pairs
         losses.append(value)
         if on_step is not None:
@@ -194,7 +194,7 @@ def _train_step(
     if not np.isfinite(numbers).all():
         # Every rank computed the same loss from the same descriptors and has the same averaged gradients, so all of
         # them come here.
-        index = gather(batch.index)
+        index = gather(batch.index, num_rows=batch.num_global)
         what = f"the loss is {numbers[0]}" if not np.isfinite(numbers[0]) else f"the gradient's norm is {numbers[1]}"
         raise DivergenceError(
             f"step {forward.step}: {what} on the pairs {index.tolist()};"
@@ -216,7 +216,7 @@ def embed(
 
     Args:
         model: Gives (ground, aerial) descriptors [B, D]; runs in evaluation mode, which is undone afterwards.
-        batches: This rank's batches; every rank has the same number of them and of rows in each, padding included.
+        batches: As in `train_epoch`, padding included.
         preprocess: Makes the network's input from pixels on the model's device.
         num_pairs: N, where known; then rows missing at the end are seen too.
 
@@ -232,7 +232,8 @@ def embed(
             ground, aerial = module(preprocess(moved.ground), preprocess(moved.aerial))
             index = moved.index.clone()
             index[batch.num_valid :] = -1
-            gathered = [gather(part) for part in (index, ground.float(), aerial.float(), moved.location_m)]
+            mine = (index, ground.float(), aerial.float(), moved.location_m)
+            gathered = [gather(part, num_rows=batch.num_global) for part in mine]
             is_valid = gathered[0] >= 0
             chunks.append(tuple(part[is_valid].cpu() for part in gathered))
     order, ground, aerial, location_m = _in_order(chunks, num_pairs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.config import TransportConfig
-from cvft.precision import full_precision
+from cvft.precision import at_least_float32, full_precision
 from cvft.transport import TransportProblem, TransportResult, solve
 
 _WEIGHT_STD = 0.005
@@ -36,14 +36,14 @@ class FeatureTransport(nn.Module):
         self._initialise(num_positions)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the moved features [B, C, h, w] of features [B, C, h, w], in float32.
+        """Return the moved features [B, C, h, w] of features [B, C, h, w], in float32 or better.
 
         Raises:
             ConfigError: The gradient is `implicit` and the plan has not converged.
         """
         plan = self.transport(features).plan
         with full_precision(features.device):
-            return torch.bmm(features.float().flatten(2), plan).reshape(features.shape)
+            return torch.bmm(at_least_float32(features).flatten(2), plan).reshape(features.shape)
 
     def transport(self, features: Tensor) -> TransportResult:
         """Return the transport whose plan [B, n, n] moves position i (row) of [B, C, h, w] to position o (column).
@@ -57,7 +57,7 @@ class FeatureTransport(nn.Module):
         """
         with full_precision(features.device):
             # A 1x1 convolution, said as a product: cuDNN's convolutions have a TF32 switch of their own.
-            positions = features.float().flatten(2).transpose(1, 2)
+            positions = at_least_float32(features).flatten(2).transpose(1, 2)
             weight = self.score.weight.flatten(1)
             scores = functional.relu(functional.linear(positions, weight, self.score.bias)).squeeze(2)
             num_positions = scores.shape[1]

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from cvft.batch import Batch
 from cvft.config import Precision
-from cvft.distributed import current_world, gather, gather_with_gradient, unwrap, without_sync
+from cvft.distributed import (
+    current_world,
+    gather,
+    gather_with_gradient,
+    num_rows_of_longest,
+    unwrap,
+    without_sync,
+)
 from cvft.loss import Loss
 from cvft.noise import pair_noise
 
@@ -64,7 +71,7 @@ def compute_gradients(model: nn.Module, batch: Batch, *, forward: Forward, loss:
     Args:
         model: Gives (ground, aerial) descriptors of (ground, aerial, noise=); wrapped by `wrap_ddp` where there are
             several ranks.
-        batch: This rank's B / W pairs, on the model's device.
+        batch: This rank's part of the B pairs, on the model's device.
         forward: How they go through the network.
         loss: Computed on every rank over the global batch.
 
@@ -77,7 +84,8 @@ def compute_gradients(model: nn.Module, batch: Batch, *, forward: Forward, loss:
     num_pairs = len(batch.index)
     chunk_size = min(forward.chunk_size or num_pairs, num_pairs)
     chunks = [slice(start, min(start + chunk_size, num_pairs)) for start in range(0, num_pairs, chunk_size)]
-    if len(chunks) == 1:
+    # Decided by the longest part, so that ranks with a pair more or less speak to each other in the same order.
+    if forward.chunk_size is None or forward.chunk_size >= _longest_part(batch):
         value = _global_loss(loss, batch, *forward(model, batch, chunks[0]))
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
@@ -93,9 +101,16 @@ def compute_gradients(model: nn.Module, batch: Batch, *, forward: Forward, loss:
     return value.detach()
 
 
+def _longest_part(batch: Batch) -> int:
+    return len(batch.index) if batch.num_global is None else num_rows_of_longest(batch.num_global, current_world())
+
+
 def _global_loss(loss: Loss, batch: Batch, ground: Tensor, aerial: Tensor) -> Tensor:
+    num_rows = batch.num_global
     value: Tensor = loss(
-        gather_with_gradient(ground), gather_with_gradient(aerial), location_m=gather(batch.location_m)
+        gather_with_gradient(ground, num_rows=num_rows),
+        gather_with_gradient(aerial, num_rows=num_rows),
+        location_m=gather(batch.location_m, num_rows=num_rows),
     )
     return value
 

@@ -15,6 +15,7 @@ from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
 from cvft.noise import derive
 from cvft.ops import LegacyBilinearResize, SameConv2d, pooled_size
+from cvft.precision import at_least_float32
 from cvft.tensor_files import read_weights
 from cvft.transport import TransportResult
 
@@ -135,4 +136,4 @@ def _descriptor(features: Tensor) -> Tensor:
 
 def _unit(values: Tensor) -> Tensor:
     with torch.autocast(values.device.type, enabled=False):
-        return functional.normalize(values.float(), dim=1)
+        return functional.normalize(at_least_float32(values), dim=1)

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Raise shorter formats to float32, and leave float64 as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @contextmanager

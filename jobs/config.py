@@ -94,7 +94,7 @@ class TrainConfig:
         chunk_size = self.chunk_size
         require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")
         size, workers = self.batch_size, self.workers
-        require(size % workers == 0, f"batch_size: {size} must be a multiple of train.workers={workers}")
+        require(size >= workers, f"batch_size: {size} leaves some of train.workers={workers} without any pair")
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")
 
 

@@ -53,7 +53,15 @@ class Request:
 class Decoder:
     """Turns requests into batches, in their order."""
 
-    def __init__(self, dataset: PairDataset, *, preprocess: PreprocessConfig, size: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        dataset: PairDataset,
+        *,
+        preprocess: PreprocessConfig,
+        size: int,
+        num_threads: int,
+        num_global: int | None = None,
+    ) -> None:
         """Prepare to decode.
 
         Args:
@@ -61,6 +69,7 @@ class Decoder:
             preprocess: Gives the sizes in pixels and the decode profile.
             size: Pairs of every request, b.
             num_threads: Decoding threads.
+            num_global: Pairs of the global batch over all ranks; none means as `Batch.num_global`.
 
         Raises:
             ConfigError: There are no threads, or the decode profile does not fit the dataset's.
@@ -70,6 +79,7 @@ class Decoder:
         self._dataset = dataset
         self._preprocess = preprocess
         self._size = size
+        self._num_global = num_global
         self._num_threads = num_threads
         self._location_m = torch.from_numpy(dataset.location_m)
 
@@ -137,6 +147,7 @@ class Decoder:
             index=index,
             location_m=self._location_m[index],
             num_valid=batch.request.num_valid,
+            num_global=self._num_global,
         )
         free.append(batch.buffer.used())
 

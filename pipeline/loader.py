@@ -51,10 +51,10 @@ class Loader:
                 are fetched; none mixes all pairs from the first epoch on.
 
         Raises:
-            ConfigError: The global batch is not divisible by the number of ranks, there are no threads, or the decode
+            ConfigError: The global batch has fewer pairs than there are ranks, there are no threads, or the decode
                 profile does not fit the dataset's.
         """
-        sampler.check_divisible(batch_size, world_size=world_size)
+        sampler.check_shared(batch_size, world_size=world_size)
         self.num_steps = len(dataset) // batch_size
         self._dataset = dataset
         self._batch_size = batch_size
@@ -62,7 +62,10 @@ class Loader:
         self._world_size = world_size
         self._seed = seed
         self._cold_start_window = cold_start_window
-        self._decoder = Decoder(dataset, preprocess=preprocess, size=batch_size // world_size, num_threads=num_threads)
+        size = sampler.rank_size(batch_size, world_rank=world_rank, world_size=world_size)
+        self._decoder = Decoder(
+            dataset, preprocess=preprocess, size=size, num_global=batch_size, num_threads=num_threads
+        )
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of a training epoch, from `first_step` on.

@@ -1,7 +1,8 @@
 """Which pairs make up which batch: a pure function of seed, epoch and step, the same on any number of ranks.
 
 A global batch has a fixed size; rank r of R takes its rows r, r + R, r + 2R, ... So an epoch's global batches do not
-depend on R, every rank makes the same number of steps, and a run resumes from (epoch, step) alone.
+depend on R, every rank makes the same number of steps, and a run resumes from (epoch, step) alone. Where R does not
+divide the size, the last ranks take one row less.
 
 An epoch's order is a permutation of all rows. The first epoch over shards that still have to be fetched may ask for
 `cold_permutation`, which works through the shards in windows and is just as much fixed by seed, epoch and manifest.
@@ -52,15 +53,17 @@ def cold_permutation(shards: Indices, *, window: int, seed: int, epoch: int) -> 
     return np.lexsort((words[: len(shards)], turn[place] // window)).astype(np.int64)
 
 
-def check_divisible(batch_size: int, *, world_size: int) -> None:
-    """Refuse a global batch that cannot be cut into equal parts.
+def check_shared(batch_size: int, *, world_size: int) -> None:
+    """Refuse a global batch that leaves a rank without a pair.
 
     Raises:
-        ConfigError: It is not a positive multiple of the number of ranks.
+        ConfigError: It has fewer pairs than there are ranks, or none.
     """
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
-    if batch_size % world_size:
-        raise ConfigError(f"batch_size: {batch_size} is no multiple of {world_size} ranks; use one")
+    if batch_size < world_size:
+        raise ConfigError(
+            f"batch_size: {batch_size} pairs leave some of {world_size} ranks without any; use {world_size} or more"
+        )
 
 
 def check_fills(num_pairs: int, *, batch_size: int) -> None:
@@ -102,6 +105,11 @@ def rank_rows(batch: Indices, *, world_rank: int, world_size: int) -> Indices:
     return batch[world_rank::world_size]
 
 
+def rank_size(batch_size: int, *, world_rank: int, world_size: int) -> int:
+    """Return the number of rows of this rank's part of a global batch."""
+    return max(0, -(-(batch_size - world_rank) // world_size))
+
+
 def rank_num_valid(num_valid: int, *, world_rank: int, world_size: int) -> int:
     """Return how many leading rows of a rank's part are among the first `num_valid` of the global batch."""
-    return max(0, -(-(num_valid - world_rank) // world_size))
+    return rank_size(num_valid, world_rank=world_rank, world_size=world_size)

@@ -59,7 +59,7 @@ def eval_batches(
         ShardError: A shard is not the one that the manifest describes; names it.
         StoreError: A shard cannot be read.
     """
-    sampler.check_divisible(batch_size, world_size=1)
+    sampler.check_shared(batch_size, world_size=1)
     decoder = Decoder(dataset, preprocess=preprocess, size=batch_size, num_threads=num_threads)
     return _decode(decoder, dataset, batch_size)
 

@@ -1,20 +1,26 @@
+"""N processes compute what one process computes on the joined batch: gathers, a full step, the loops around it."""
+
 import copy
+import dataclasses
 import itertools
+import math
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from cvft.config import LossConfig
+from cvft.batch import Batch
+from cvft.config import BackboneConfig, HeadConfig, LossConfig, ModelConfig, PreprocessConfig, TransportConfig
 from cvft.distributed import World, current_world, gather, gather_with_gradient, unwrap, wrap_ddp
 from cvft.engine import embed, evaluate, train_epoch
-from cvft.gradients import Forward, compute_gradients
-from cvft.loss import Loss, build_loss
-from tests.cvft.tiny import TinyModel, eval_batches, preprocess, train_batches
+from cvft.errors import TrainingError
+from cvft.gradients import Forward, Preprocessor, compute_gradients
+from cvft.loss import build_loss
+from cvft.model import build_model
+from cvft.preprocess import Preprocess
+from tests.cvft.tiny import TinyModel, eval_batches, preprocess, random_batch, train_batches
 from tests.distributed_helper import run_distributed
 
 LOSSES = (
@@ -23,6 +29,13 @@ LOSSES = (
     LossConfig(kind="info_nce"),
     LossConfig(kind="info_nce", temperature=0.5, label_smoothing=0.0, mask_distance_m=15.0),
 )
+TOLERANCES = ((torch.float32, 1e-6), (torch.float64, 1e-10))
+SIZES = PreprocessConfig(ground_size_px=(32, 96), aerial_size_px=(64, 64), std=(64.0, 64.0, 64.0))
+NETWORK = ModelConfig(
+    backbone=BackboneConfig(blocks=(1, 1, 1), width=0.125, dropout=0.25, num_frozen_blocks=1),
+    head=HeadConfig(channels=4, grid=(8, 8), transport=TransportConfig(init="zero")),
+)
+NETWORK_BATCH = 8
 
 
 def test_without_a_process_group_nothing_changes():
@@ -33,39 +46,21 @@ def test_without_a_process_group_nothing_changes():
     assert not gather(tensor).requires_grad
 
 
-def _joined_step(model: torch.nn.Module, loss: Loss, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """One process's loss on the joined batch; gradients are left in the model and in the loss."""
-    (batch,) = train_batches(1, size=batch_size)
-    ground, aerial = model(preprocess(batch.ground).to(dtype), preprocess(batch.aerial).to(dtype))
-    value = loss(ground, aerial, location_m=batch.location_m)
-    value.backward()
-    return value.detach()
-
-
-def _ddp_step(model: torch.nn.Module, loss: Loss, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """This rank's part of the same step under DDP."""
+def _check_gather() -> None:
     world = current_world()
-    (batch,) = train_batches(1, size=batch_size, rank=world.rank, world=world.size)
-    ground, aerial = model(preprocess(batch.ground).to(dtype), preprocess(batch.aerial).to(dtype))
-    location_m = gather(batch.location_m)
-    value = loss(gather_with_gradient(ground), gather_with_gradient(aerial), location_m=location_m)
-    value.backward()
-    return value.detach()
-
-
-def _check_steps() -> None:
-    for config in LOSSES:
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-10)):
-            alone = TinyModel(dtype=dtype)
-            together = wrap_ddp(copy.deepcopy(alone))
-            assert isinstance(together, DistributedDataParallel)
-            one_loss, loss = build_loss(config), build_loss(config)
-            expected = _joined_step(alone, one_loss, 16, dtype)
-            torch.testing.assert_close(_ddp_step(together, loss, 16, dtype), expected, rtol=tolerance, atol=0)
-            ours = itertools.chain(unwrap(together).parameters(), loss.parameters())
-            for mine, theirs in zip(itertools.chain(alone.parameters(), one_loss.parameters()), ours, strict=True):
-                assert mine.grad.abs().max() > 1e-2
-                assert (mine.grad - theirs.grad).abs().max() <= tolerance * mine.grad.abs().max()
+    for num_rows in (6 * world.size, 6 * world.size - 1, world.size):
+        rows = torch.arange(num_rows * 2).reshape(-1, 2)
+        mine = rows[world.rank :: world.size]
+        assert torch.equal(gather(mine, num_rows=num_rows), rows)
+        assert torch.equal(gather(mine[:, 0], num_rows=num_rows), rows[:, 0])
+        if num_rows % world.size == 0:
+            assert torch.equal(gather(mine), rows)
+        leaf = mine.double().requires_grad_()
+        (gather_with_gradient(leaf, num_rows=num_rows) ** 3).sum().backward()
+        assert torch.equal(leaf.grad, 3 * world.size * mine.double() ** 2)
+    for num_rows, held in ((6 * world.size, 5), (world.size - 1, 1)):
+        with pytest.raises(ValueError, match=f"rank {world.rank} of {world.size} holds {held} rows of {num_rows}, not"):
+            gather(torch.zeros(held), num_rows=num_rows)
 
 
 def _count_bucket(counted: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -75,41 +70,98 @@ def _count_bucket(counted: list[int], bucket: dist.GradBucket) -> torch.futures.
     return average.then(lambda done: done.value()[0] / current_world().size)
 
 
-def _check_steps_in_chunks_with_dropout() -> None:
-    """Dropout, chunks, the mask and the temperature at once: what one process computes in one pass."""
-    world = current_world()
+def _one_pass(model: nn.Module, whole: Batch, forward: Forward, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
+    """One process's loss on the joined batch, and the gradients of the network and of the loss."""
+    loss = build_loss(config)
+    value = loss(*forward(model, whole, slice(0, len(whole.index))), location_m=whole.location_m)
+    value.backward()
+    return value.detach(), [parameter.grad for parameter in itertools.chain(model.parameters(), loss.parameters())]
+
+
+def _check_step(
+    model: nn.Module, whole: Batch, pixels: Preprocessor, config: LossConfig, dtype: torch.dtype, tolerance: float
+) -> None:
+    """A step under DDP, at once and in chunks, beside one pass of one process over the joined batch.
+
+    Gradients are held against the largest one: some tensors are small sums of large terms, and float32 keeps little of
+    those. Where the one process in float32 is itself further than `tolerance` from float64, as far is far enough.
+    """
+    world, size = current_world(), len(whole.index)
+    parts = {
+        name: getattr(whole, name)[world.rank :: world.size] for name in ("ground", "aerial", "index", "location_m")
+    }
+    mine = dataclasses.replace(whole, **parts, num_valid=len(parts["index"]), num_global=size)
+    model.to(dtype)
+    forward = Forward(preprocess=lambda images: pixels(images).to(dtype), seed=1, step=2)
+    in_float64 = dataclasses.replace(forward, preprocess=lambda images: pixels(images).double())
+    expected, gradients = _one_pass(copy.deepcopy(model), whole, forward, config)
+    _, exact = _one_pass(copy.deepcopy(model).double(), whole, in_float64, config)
+    trained = [(one, best) for one, best in zip(gradients, exact, strict=True) if one is not None]
+    allowed = max(
+        tolerance * max(one.abs().max() for one, _ in trained), *((one - best).abs().max() for one, best in trained)
+    )
+    together, loss, counted = wrap_ddp(model), build_loss(config), []
+    together.register_comm_hook(counted, _count_bucket)
+    for chunk_size in (None, 1, 3):
+        counted.clear()
+        together.zero_grad()
+        loss.zero_grad()
+        found = compute_gradients(
+            together, mine, forward=dataclasses.replace(forward, chunk_size=chunk_size), loss=loss
+        )
+        assert sorted(set(counted)) == sorted(counted) != []  # the gradients travel once a step, after the last chunk
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+        for one, ours in zip(gradients, itertools.chain(model.parameters(), loss.parameters()), strict=True):
+            assert (one is None) == (ours.grad is None) == (not ours.requires_grad)
+            if one is not None:
+                assert one.abs().max() > 0
+                assert (one - ours.grad).abs().max() <= allowed, (config, dtype, one.shape, chunk_size)
+
+
+def _check_steps() -> None:
     (whole,) = train_batches(1, size=16)
-    (mine,) = train_batches(1, size=16, rank=world.rank, world=world.size)
-    for config in LOSSES:
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-10)):
-            forward = Forward(preprocess=lambda pixels, to=dtype: preprocess(pixels).to(to), seed=1, step=2)
-            alone = TinyModel(dropout=0.25, dtype=dtype)
-            together = wrap_ddp(copy.deepcopy(alone))
-            counted: list[int] = []
-            together.register_comm_hook(counted, _count_bucket)
-            one_loss, loss = build_loss(config), build_loss(config)
-            expected = one_loss(*forward(alone, whole, slice(0, 16)), location_m=whole.location_m)
-            expected.backward()
-            for repetition in (1, 2):
-                together.zero_grad()
-                loss.zero_grad()
-                found = compute_gradients(together, mine, forward=replace(forward, chunk_size=3), loss=loss)
-                assert counted == [0] * repetition  # the gradients travel once a step, after the last chunk
-            torch.testing.assert_close(found, expected.detach(), rtol=tolerance, atol=0)
-            for ones, others in ((alone, unwrap(together)), (one_loss, loss)):
-                gradients = [
-                    (one.grad, other.grad) for one, other in zip(ones.parameters(), others.parameters(), strict=True)
-                ]
-                # Of the module's largest: a bias's gradient is a small sum of large terms of both signs.
-                largest = max((one.abs().max() for one, _ in gradients), default=0)
-                assert all((one - other).abs().max() <= tolerance * largest for one, other in gradients)
+    for config, (dtype, tolerance) in itertools.product(LOSSES, TOLERANCES):
+        _check_step(TinyModel(dropout=0.25), whole, preprocess, config, dtype, tolerance)
 
 
-def _check_gather() -> None:
-    world = current_world()
-    rows = torch.arange(6 * world.size * 2).reshape(-1, 2)
-    assert torch.equal(gather(rows[world.rank :: world.size]), rows)
-    assert torch.equal(gather(rows[world.rank :: world.size, 0]), rows[:, 0])
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(NETWORK, SIZES)
+
+
+def _images(rows: Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ground, aerial = (
+        torch.randint(256, (NETWORK_BATCH, *size, 3), dtype=torch.uint8, generator=generator)
+        for size in (SIZES.ground_size_px, SIZES.aerial_size_px)
+    )
+    return dataclasses.replace(random_batch(rows, num_global=NETWORK_BATCH), ground=ground[rows], aerial=aerial[rows])
+
+
+def _check_steps_of_the_real_network() -> None:
+    """Trunks with frozen blocks and dropout, transport, each loss with the distance mask."""
+    whole = _images(torch.arange(NETWORK_BATCH))
+    for config, (dtype, tolerance) in itertools.product(LOSSES[1::2], TOLERANCES):
+        _check_step(_network(), whole, Preprocess(SIZES), config, dtype, tolerance)
+
+
+def _check_nan_on_one_rank_stops_all() -> None:
+    network, world, normalise = _network(), current_world(), Preprocess(SIZES)
+
+    def broken_on_the_last_rank(pixels: Tensor) -> Tensor:
+        return normalise(pixels) * (math.nan if world.rank == world.size - 1 else 1.0)
+
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan on the pairs \[0, 1, 2, 3, 4, 5, 6, 7\]"):
+        train_epoch(
+            wrap_ddp(network),
+            [_images(torch.arange(NETWORK_BATCH)[world.rank :: world.size])],
+            preprocess=broken_on_the_last_rank,
+            loss=build_loss(LossConfig()),
+            optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+            learning_rate=lambda step: 1.0,
+            first_step=3,
+            seed=0,
+        )
 
 
 def _check_train_and_evaluate() -> None:
@@ -130,6 +182,7 @@ def _check_train_and_evaluate() -> None:
         on_step=lambda step: losses.append(step.loss),
     )
     assert report.num_steps == 4
+    assert report.pairs_per_s * report.seconds == pytest.approx(4 * 8)
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.05)
     for batch, found in zip(train_batches(4, size=8), losses, strict=True):
         optimizer.zero_grad()
@@ -156,11 +209,12 @@ def _check_train_and_evaluate() -> None:
 def _check_all() -> None:
     _check_gather()
     _check_steps()
-    _check_steps_in_chunks_with_dropout()
+    _check_steps_of_the_real_network()
     _check_train_and_evaluate()
+    _check_nan_on_one_rank_stops_all()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_several_processes_equal_one_on_the_joined_batch(world_size):
     run_distributed(_check_all, world_size)
 

@@ -33,7 +33,7 @@ def preprocess(pixels: Tensor) -> Tensor:
     return pixels.flatten(1).float() / 255
 
 
-def random_batch(index: Tensor, num_valid: int | None = None) -> Batch:
+def random_batch(index: Tensor, num_valid: int | None = None, num_global: int | None = None) -> Batch:
     """Make the pixels of a pair from its index alone."""
     generators = [torch.Generator().manual_seed(int(row)) for row in index]
     pixels = torch.stack([torch.randint(256, (147,), dtype=torch.uint8, generator=each) for each in generators])
@@ -43,13 +43,14 @@ def random_batch(index: Tensor, num_valid: int | None = None) -> Batch:
         index=index,
         location_m=torch.stack([index * 10.0, index * 0.0, index * 0.0], dim=1).double(),
         num_valid=len(index) if num_valid is None else num_valid,
+        num_global=num_global,
     )
 
 
 def train_batches(num_steps: int, *, first_step: int = 0, size: int = 8, rank: int = 0, world: int = 1) -> list[Batch]:
     """Make one rank's rows of the global batches from `first_step` to `num_steps`."""
     rows = [torch.arange(step * size, (step + 1) * size) for step in range(first_step, num_steps)]
-    return [random_batch(index[rank::world]) for index in rows]
+    return [random_batch(index[rank::world], num_global=size) for index in rows]
 
 
 def eval_batches(num_pairs: int, *, size: int = 8, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -57,4 +58,4 @@ def eval_batches(num_pairs: int, *, size: int = 8, rank: int = 0, world: int = 1
     for start in range(0, num_pairs, size):
         index = torch.arange(start, start + size)
         own = index[rank::world]
-        yield random_batch(own.clamp(max=num_pairs - 1), num_valid=int((own < num_pairs).sum()))
+        yield random_batch(own.clamp(max=num_pairs - 1), num_valid=int((own < num_pairs).sum()), num_global=size)

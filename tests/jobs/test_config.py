@@ -42,7 +42,7 @@ def test_an_override_reaches_a_section_that_the_file_does_not_have(config_file):
         ("gamma=12", "gamma: unknown key; did you mean train.loss.gamma?"),
         ("train.loss.gamma=-1", "train.loss.gamma: -1.0 must be positive"),
         ("train.loss.gamma=high", "train.loss.gamma: expected float, got 'high' (str)"),
-        ("train.batch_size=33", "train.batch_size: 33 must be a multiple of train.workers=2"),
+        ("train.batch_size=1", "train.batch_size: 1 must be at least 2; a pair needs a negative"),
         ("name.first=x", "name.first: name holds the value 'a', not a section"),
         ("train.loss.gamma", "'train.loss.gamma': an override is written dotted.key=value"),
         ("name=../up", "name: '../up' must be letters, digits, '.', '_' and '-': it names a folder"),

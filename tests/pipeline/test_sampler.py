@@ -104,14 +104,15 @@ def test_resumed_epoch_continues_the_same_sequence(num_pairs, batch_size, first_
     np.testing.assert_array_equal(whole[first_step:], rest)
 
 
-@given(world_size=st.sampled_from([1, 2, 4, 8]), num_valid=st.integers(0, 24))
+@given(world_size=st.integers(1, 24), num_valid=st.integers(0, 24))
 def test_rank_parts_interleave_to_the_global_batch_and_its_valid_rows(world_size, num_valid):
     batch = np.arange(100, 124)
     joined = np.empty_like(batch)
     valid = []
     for rank in range(world_size):
         part = sampler.rank_rows(batch, world_rank=rank, world_size=world_size)
-        assert len(part) == 24 // world_size
+        assert len(part) == sampler.rank_size(24, world_rank=rank, world_size=world_size)
+        assert 24 // world_size <= len(part) <= -(-24 // world_size)
         joined[rank::world_size] = part
         valid.extend(part[: sampler.rank_num_valid(num_valid, world_rank=rank, world_size=world_size)])
     np.testing.assert_array_equal(joined, batch)
@@ -127,14 +128,15 @@ def test_evaluation_is_every_pair_once_in_order_padded_to_whole_batches(num_pair
 
 
 def test_batch_that_ranks_cannot_share_is_refused():
-    with pytest.raises(ConfigError, match="batch_size: 10 is no multiple of 4 ranks"):
-        sampler.check_divisible(10, world_size=4)
+    sampler.check_shared(4, world_size=4)
+    with pytest.raises(ConfigError, match="batch_size: 3 pairs leave some of 4 ranks without any; use 4 or more"):
+        sampler.check_shared(3, world_size=4)
 
 
 @pytest.mark.parametrize("batch_size", [0, -4])
 def test_batch_of_no_pairs_is_refused(batch_size):
     with pytest.raises(ConfigError, match=f"batch_size: {batch_size} must be at least 1"):
-        sampler.check_divisible(batch_size, world_size=1)
+        sampler.check_shared(batch_size, world_size=1)
 
 
 def test_batch_larger_than_the_split_is_refused():
