@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from cvft.errors import ShardError
-from pipeline.manifest import PAIR_SCHEMA, Manifest
+from pipeline.manifest import PAIR_SCHEMA
 from pipeline.plan import Plan
 from pipeline.pointer import read_pointer
 from pipeline.runner import Runner
@@ -82,15 +82,16 @@ class ShardWork:
         self._num_pairs_found = self._num_pairs_done = self._num_pairs - sum(len(spec.pairs) for spec in missing)
         if self._entries:
             _LOGGER.info("%d of %d shards were finished by an earlier run", len(self._entries), len(specs))
-        tasks = [(spec, self._store.uri()) for spec in missing]
+        base = self._plan.base.digest if self._plan.base else None
+        tasks = [(spec, self._store.uri(), base) for spec in missing]
         for number, num_bytes in self._runner.run(_write_shard_task, tasks, self._tell):
             spec = missing[number]
-            self._entries[spec.name] = _compact(read_entry(self._store, spec.sidecar))
-            self.num_written += 1
+            self._entries[spec.name] = self._entry_after(spec, num_bytes)
             self._num_pairs_done += len(spec.pairs)
-            self._num_bytes_written += num_bytes
             self._tell()
-        return [self._entries[spec.name] for spec in specs]
+        entries = [self._entries[spec.name] for spec in specs]
+        self._refuse_overwritten(entries)
+        return entries
 
     def _find_finished(self) -> None:
         """Take what an earlier run wrote for these very specs; a shard that lacks pairs counts if that is allowed."""
@@ -99,14 +100,48 @@ class ShardWork:
         with ThreadPoolExecutor(_NUM_READERS) as pool:
             entries = pool.map(self._try_entry, candidates)
             for spec, entry in zip(candidates, entries, strict=True):
-                if (
-                    entry is not None
-                    and entry.fingerprint == spec.fingerprint()
-                    and entry.info.num_bytes == present[spec.name].num_bytes
-                    and (entry.is_checked or not spec.check_images)
-                    and (entry.info.num_pairs == len(spec.pairs) or self._skip_unusable)
-                ):
+                if entry is not None and self._is_what_we_want(entry, spec, present[spec.name].num_bytes):
                     self._entries[spec.name] = entry
+
+    def _is_what_we_want(self, entry: ShardEntry, spec: ShardSpec, num_bytes: int | None) -> bool:
+        return (
+            entry.fingerprint == spec.fingerprint()
+            and entry.info.num_bytes == num_bytes
+            and (entry.is_checked or not spec.check_images)
+            and (entry.info.num_pairs == len(spec.pairs) or self._skip_unusable)
+        )
+
+    def _entry_after(self, spec: ShardSpec, num_bytes: int | None) -> ShardEntry:
+        """Return the entry of a shard that a task has written (so many bytes) or found published (None).
+
+        Raises:
+            ShardError: It is another job's and not what this one would have written.
+        """
+        entry = _compact(read_entry(self._store, spec.sidecar))
+        if num_bytes is not None:
+            self.num_written += 1
+            self._num_bytes_written += num_bytes
+        elif not self._is_what_we_want(entry, spec, self._store.size(spec.name)):
+            raise ShardError(
+                f"{self._store.uri(spec.name)}: another job published first and wrote this shard otherwise; it was not "
+                "touched; the same command makes the next generation"
+            )
+        return entry
+
+    def _refuse_overwritten(self, entries: list[ShardEntry]) -> None:
+        """Refuse to go on if another job, not yet published either, replaced a shard by one of other pairs.
+
+        Raises:
+            ShardError: One has another size than its entry tells.
+        """
+        present = self._store.list_sizes(self._plan.folder)
+        for entry in entries:
+            status = present.get(entry.info.name)
+            if status is None or status.num_bytes != entry.info.num_bytes:
+                raise ShardError(
+                    f"{self._store.uri(entry.info.name)}: was replaced while this job ran, another writes the same "
+                    "plan otherwise; let that one end, then start the same command again"
+                )
 
     def _try_entry(self, spec: ShardSpec) -> ShardEntry | None:
         try:
@@ -130,29 +165,30 @@ class ShardWork:
             )
 
 
-def _write_shard_task(task: tuple[ShardSpec, str]) -> int:
-    spec, store_uri = task
-    store = Store.from_uri(store_uri)
-    if store.exists(spec.name):
-        _refuse_published(spec, store)
-    return write_shard(spec, store).info.num_bytes
+def _write_shard_task(task: tuple[ShardSpec, str, str | None]) -> int | None:
+    """Write a shard and return its bytes; None if another job has published meanwhile and the shard is there.
 
-
-def _refuse_published(spec: ShardSpec, store: Store) -> None:
-    """Refuse to write over a shard of the newest manifest: another job with the same plan was faster.
-
-    Its shard may hold other pairs (it checked images where this one does not, or left out what this one would not), so
-    that a manifest would no longer describe its shards.
-
-    Raises:
-        ShardError: The newest manifest has a shard of this name.
+    Jobs of the same plan write under the same names, but not always the same shard: one checks images and leaves out
+    what the other does not look at. What a manifest may name is never written over, so the pointer is asked before the
+    work and, the work being done, once more just before the shard takes its name.
     """
-    newest = read_pointer(store)
-    if newest and spec.name in {shard.name for shard in Manifest.load(store.uri(newest.manifest)).shards}:
-        raise ShardError(
-            f"{store.uri(spec.name)}: another job published this shard meanwhile, in generation {newest.generation}; "
-            "it was not touched; the same command goes on from there"
-        )
+    spec, store_uri, base = task
+    store = Store.from_uri(store_uri)
+
+    def leave_published() -> None:
+        newest = read_pointer(store)
+        if newest is not None and newest.digest != base and store.exists(spec.name):
+            raise _PublishedError
+
+    try:
+        leave_published()
+        return write_shard(spec, store, before_it_appears=leave_published).info.num_bytes
+    except _PublishedError:
+        return None
+
+
+class _PublishedError(Exception):
+    """A shard may be part of a manifest that another job published after this one planned."""
 
 
 def _compact(entry: ShardEntry) -> ShardEntry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -97,10 +97,15 @@ class ShardEntry:
     problems: list[Problem]
 
 
-def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
+def write_shard(spec: ShardSpec, store: Store, *, before_it_appears: Callable[[], None] = lambda: None) -> ShardEntry:
     """Write the shard and then its sidecar.
 
     Pairs whose images cannot be used are left out and listed in the entry's problems.
+
+    Args:
+        spec: What to write.
+        store: Where.
+        before_it_appears: Called when all is written, before the shard takes its name; raising, it keeps it from that.
 
     Raises:
         StoreError: The store cannot be written, or raw data in a store not be read.
@@ -120,6 +125,7 @@ def write_shard(spec: ShardSpec, store: Store) -> ShardEntry:
                     rows[-1] |= dict(zip(_SOURCE_HASHES, original_hashes(images), strict=True))
                 tar.flush()
         tar.finish()
+        before_it_appears()
     num_pairs = len(rows)
     columns = {name: [row.get(name) for row in rows] for name in _COLUMNS}
     entry = ShardEntry(
