@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from cvft.batch import Batch
 from cvft.config import PreprocessConfig
 from pipeline import sampler
 from pipeline.dataset import PairDataset
 from pipeline.decoding import Decoder, Request
+from pipeline.kept_pixels import KeptPixels
 
 
 class Loader:
@@ -36,6 +39,7 @@ class Loader:
         seed: int = 0,
         num_threads: int = 2,
         cold_start_window: int | None = None,
+        keep_on: torch.device | None = None,
     ) -> None:
         """Prepare to load.
 
@@ -49,10 +53,11 @@ class Loader:
             num_threads: Decoding threads.
             cold_start_window: Number of shards that the first epoch mixes at a time, so that training begins before all
                 are fetched; none mixes all pairs from the first epoch on.
+            keep_on: Device whose memory keeps the split's pixels once they are decoded; none decodes them every time.
 
         Raises:
-            ConfigError: The global batch has fewer pairs than there are ranks, there are no threads, or the decode
-                profile does not fit the dataset's.
+            ConfigError: The global batch has fewer pairs than there are ranks, there are no threads, the decode profile
+                does not fit the dataset's, or the pixels to keep do not fit the memory.
         """
         sampler.check_shared(batch_size, world_size=world_size)
         self.num_steps = len(dataset) // batch_size
@@ -63,9 +68,12 @@ class Loader:
         self._seed = seed
         self._cold_start_window = cold_start_window
         size = sampler.rank_size(batch_size, world_rank=world_rank, world_size=world_size)
-        self._decoder = Decoder(
-            dataset, preprocess=preprocess, size=size, num_global=batch_size, num_threads=num_threads
-        )
+        decoder = Decoder(dataset, preprocess=preprocess, size=size, num_global=batch_size, num_threads=num_threads)
+        self._decoder: Decoder | KeptPixels = decoder
+        if keep_on is not None:
+            self._decoder = KeptPixels(
+                decoder, dataset, preprocess=preprocess, size=size, num_global=batch_size, device=keep_on
+            )
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of a training epoch, from `first_step` on.
@@ -78,7 +86,8 @@ class Loader:
         """
         sampler.check_fills(len(self._dataset), batch_size=self._batch_size)
         order = self.epoch_order(epoch)
-        self._dataset.prefetch(order[first_step * self._batch_size :])
+        if isinstance(self._decoder, Decoder):
+            self._dataset.prefetch(order[first_step * self._batch_size :])
         batches = sampler.train_batches(order, batch_size=self._batch_size, first_step=first_step)
         return self._load((rows, self._batch_size) for rows in batches)
 
@@ -98,7 +107,8 @@ class Loader:
             ShardError: An image's bytes are damaged.
             StoreError: A remote shard cannot be fetched.
         """
-        self._dataset.prefetch()
+        if isinstance(self._decoder, Decoder):
+            self._dataset.prefetch()
         return self._load(sampler.eval_batches(len(self._dataset), batch_size=self._batch_size))
 
     def _load(self, batches: Iterable[tuple[sampler.Indices, int]]) -> Iterator[Batch]:
