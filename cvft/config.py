@@ -84,13 +84,22 @@ class TransportConfig:
 
     Attributes:
         init: Bias of the cost at the start. `identity` is the published one (staying in place is forbidden and, in
-            float32, cannot be learned); `zero` starts from the uniform plan; `soft` leaves half of each mass in place.
+            float32, cannot be learned); `zero` starts from the uniform plan; `soft` leaves half of each mass in place,
+            or, where the plan is rectangular, takes it to where stretching the ground's map over the grid takes it.
         epsilon: Entropic regularisation in units of cost; the paper multiplies costs by 100, which is 0.01.
         is_epsilon_learned: Train the logarithm of epsilon too, starting from `epsilon`; the paper does not.
         num_iterations: Sinkhorn rounds, each rows first and then columns.
         gradient: `unrolled` differentiates the rounds exactly; `implicit` assumes convergence and refuses without it.
         solver: `scaling` is the fast stabilised form, `triton` the same in one kernel each way, for CUDA; `log` is the
             plain loop in log space. `auto` takes `triton` wherever it can run, and `scaling` elsewhere.
+        is_rectangular: Move features from the ground's own map (4x20 for the paper's input) straight to the aerial
+            grid; without it the ground map is resized to that grid first, as the paper does.
+        num_groups: Plans of an image; each moves its part of the channels.
+        polar_weight: Add to the cost how far apart two positions lie where the panorama's row is taken for a distance
+            and its column for a bearing, north in the middle (`cvft.polar`): the weight where it starts, in units of
+            epsilon per square of half the aerial image's width; it is learned. None adds nothing.
+        dustbin_share: Share of the ground's mass that has no counterpart in the aerial image, such as the sky's: one
+            more target takes it, at costs of its own. The share where it starts; it is learned. 0 is no dustbin.
     """
 
     init: Literal["identity", "zero", "soft"] = "identity"
@@ -99,10 +108,25 @@ class TransportConfig:
     num_iterations: int = 20
     gradient: Literal["unrolled", "implicit"] = "unrolled"
     solver: Literal["auto", "scaling", "log", "triton"] = "auto"
+    is_rectangular: bool = False
+    num_groups: int = 1
+    polar_weight: float | None = None
+    dustbin_share: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.epsilon > 0, f"epsilon: {self.epsilon} must be positive")
         require(self.num_iterations >= 1, f"num_iterations: {self.num_iterations} must be at least 1")
+        require(
+            not (self.is_rectangular and self.init == "identity"),
+            "init: identity has no meaning where the ground's positions are not the grid's (is_rectangular); "
+            "use zero or soft",
+        )
+        require(self.num_groups >= 1, f"num_groups: {self.num_groups} must be at least 1")
+        require(
+            self.polar_weight is None or self.polar_weight >= 0,
+            f"polar_weight: {self.polar_weight} must not be negative, or null for no prior",
+        )
+        require(0 <= self.dustbin_share < 1, f"dustbin_share: {self.dustbin_share} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +135,27 @@ class HeadConfig:
 
     Attributes:
         kind: `cvft` moves ground features by transport; `conv` is the same without; `global_pool` is a global max-pool.
-        channels: Output channels of the 3x3 stride-2 convolution.
+        channels: Output channels of the 3x3 convolution.
+        stride: Of the 3x3 convolution; 2 is the paper's, 1 suits trunks that halve the image five times.
         grid: Rows and columns of the map that becomes the descriptor; the ground map is resized to it.
         transport: Used by `cvft` alone.
     """
 
     kind: Literal["cvft", "conv", "global_pool"] = "cvft"
     channels: int = 64
+    stride: int = 2
     grid: tuple[int, int] = (8, 8)
     transport: TransportConfig = field(default_factory=TransportConfig)
 
     def __post_init__(self) -> None:
         require(self.channels >= 1, f"channels: {self.channels} must be at least 1")
+        require(self.stride in (1, 2), f"stride: {self.stride} must be 1 or 2")
         require(min(self.grid) >= 1, f"grid: {list(self.grid)} must be at least 1 each")
+        groups = self.transport.num_groups
+        require(
+            self.channels % groups == 0,
+            f"channels: {self.channels} must be a multiple of transport.num_groups={groups}: each moves its part",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

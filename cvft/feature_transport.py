@@ -1,6 +1,10 @@
-"""The feature transport layer of CVFT (Shi et al., AAAI 2020, section "Cross-view Feature Transport").
+"""The feature transport layer of CVFT (Shi et al., AAAI 2020, section "Cross-view Feature Transport"), and variants.
 
-Shape letters: B images, C channels, h x w map, n = h * w positions in row-major order.
+The published layer has as many ground positions as aerial ones, one plan for all channels, and no part of the ground
+that goes nowhere. `TransportConfig` names what else there is; each variant can be combined with every other.
+
+Shape letters: B images, C channels, G groups of channels, h x w aerial grid, n ground positions, m = h * w aerial
+positions, both in row-major order, k = m targets, and one more with a dustbin.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.config import TransportConfig
+from cvft.polar import polar_terms, stretching
 from cvft.precision import at_least_float32, full_precision
 from cvft.transport import TransportProblem, TransportResult, solve
 
@@ -22,31 +27,79 @@ class FeatureTransport(nn.Module):
     """Move the features of the ground image to where the aerial image has them.
 
     A 1x1 convolution scores each position; from the n scores one fully connected layer makes the whole cost of moving
-    position i to position o. Entropic transport turns the cost into a plan whose rows and columns sum to one. The cost
+    position i to position o. Entropic transport turns the cost into a plan whose rows have mass one and whose columns
+    share it evenly; what arrives is divided by the columns' mass, so that each moved feature is a mean. The cost
     depends on the ground image alone, so that both views can be embedded apart and the aerial side indexed ahead.
+
+    Attributes:
+        config: What the layer was built from.
+        source_grid: Rows and columns of the ground positions.
+        grid: Rows and columns of the aerial positions.
     """
 
-    def __init__(self, config: TransportConfig, *, channels: int, grid: tuple[int, int]) -> None:
+    polar_terms: Tensor
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        *,
+        channels: int,
+        grid: tuple[int, int],
+        ground_map: tuple[int, int] | None = None,
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            config: Which variant.
+            channels: C, a multiple of `config.num_groups`.
+            grid: h and w.
+            ground_map: Rows and columns of the ground features before they are resized to the grid, which a
+                rectangular layer does not need. None is the grid.
+        """
         super().__init__()
-        self.config = config
-        num_positions = grid[0] * grid[1]
-        self.score = nn.Conv2d(channels, 1, kernel_size=1)
-        self.cost = nn.Linear(num_positions, num_positions * num_positions)
+        self.config, self.grid = config, grid
+        ground_map = ground_map or grid
+        self.source_grid = ground_map if config.is_rectangular else grid
+        self._num_sources, self._num_cells = math.prod(self.source_grid), math.prod(grid)
+        self._num_targets = self._num_cells + (config.dustbin_share > 0)
+        groups = config.num_groups
+        self.score = nn.Conv2d(channels, groups, kernel_size=1)
+        self.cost = nn.Linear(self._num_sources, groups * self._num_sources * self._num_targets)
         self.log_epsilon = nn.Parameter(torch.tensor(math.log(config.epsilon))) if config.is_epsilon_learned else None
-        self._initialise(num_positions)
+        self.polar_weight = self.dustbin_logit = None
+        if config.polar_weight is not None:
+            self.polar_weight = nn.Parameter(torch.full((groups, 2), config.polar_weight))
+            terms = polar_terms(ground_map, self.source_grid, grid)
+            self.register_buffer("polar_terms", terms, persistent=False)
+        if config.dustbin_share > 0:
+            self.dustbin_logit = nn.Parameter(torch.tensor(config.dustbin_share).logit())
+        self._initialise()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the moved features [B, C, h, w] of features [B, C, h, w], in float32 or better.
+        """Return the moved features [B, C, h, w] of features [B, C, *source_grid], in float32 or better.
 
         Raises:
             ConfigError: The gradient is `implicit` and the plan has not converged.
         """
-        plan = self.transport(features).plan
+        plan = self.transport(features).plan[:, :, : self._num_cells]
         with full_precision(features.device):
-            return torch.bmm(at_least_float32(features).flatten(2), plan).reshape(features.shape)
+            groups = at_least_float32(features).flatten(2).reshape(len(plan), -1, self._num_sources)
+            moved = torch.bmm(groups, plan).reshape(*features.shape[:2], *self.grid)
+            mass = self._cell_mass()
+            return moved if isinstance(mass, float) and mass == 1 else moved / mass
+
+    def plan(self, features: Tensor) -> Tensor:
+        """Return the plan [B, n, m] between ground and aerial positions, the mean over the groups, to be looked at.
+
+        Its columns have equal masses, its rows mass one less what the dustbin took.
+        """
+        plan = self.transport(features).plan[:, :, : self._num_cells]
+        return plan.reshape(-1, self.config.num_groups, *plan.shape[1:]).mean(1)
 
     def transport(self, features: Tensor) -> TransportResult:
-        """Return the transport whose plan [B, n, n] moves position i (row) of [B, C, h, w] to position o (column).
+        """Return the transport whose plan [B * G, n, k] moves position i (row) of an image to position o (column).
+
+        The groups of an image follow each other; the dustbin, where there is one, is the last column.
 
         The whole way from the scores to the plan stays in float32: bfloat16 sums leave the rows 20 % off, and TF32 in
         the scores moves the plan by 2e-3. Features that are not finite give a plan of NaN, so that the
@@ -56,33 +109,52 @@ class FeatureTransport(nn.Module):
             ConfigError: The gradient is `implicit` and the plan has not converged.
         """
         with full_precision(features.device):
-            # A 1x1 convolution, said as a product: cuDNN's convolutions have a TF32 switch of their own.
-            positions = at_least_float32(features).flatten(2).transpose(1, 2)
-            weight = self.score.weight.flatten(1)
-            scores = functional.relu(functional.linear(positions, weight, self.score.bias)).squeeze(2)
-            num_positions = scores.shape[1]
-            cost = self.cost(scores).reshape(-1, num_positions, num_positions)
-            epsilon = self.config.epsilon
-            if self.log_epsilon is not None:
-                # The plan depends on cost over epsilon alone; potentials stay in units of this cost.
-                cost = cost * (math.log(epsilon) - self.log_epsilon).exp()
+            problem = TransportProblem(
+                cost=self._cost(features),
+                epsilon=self.config.epsilon,
+                target_marginals=self._target_marginals(),
+                check_marginals=False,
+            )
             return solve(
-                TransportProblem(cost=cost, epsilon=epsilon),
+                problem,
                 num_iterations=self.config.num_iterations,
                 solver=self.config.solver,
                 gradient=self.config.gradient,
                 check_finite=False,
             )
 
-    def _initialise(self, num_positions: int) -> None:
-        # NOTE(paper) The published bias is the identity, as a *cost*: staying in place starts forbidden, with mass
-        # exp(-1 / epsilon) whose gradient is zero in float32. Kept as published; `zero` and `soft` are the ways out.
-        diagonal = {
-            "identity": 1.0,
-            "zero": 0.0,
-            # exp(-diagonal / epsilon) = n - 1 weighs as much as the other n - 1 columns: half of each mass stays.
-            "soft": -self.config.epsilon * math.log(max(num_positions - 1, 1)),
-        }[self.config.init]
+    def _cost(self, features: Tensor) -> Tensor:
+        """Return the costs [B * G, n, k] of features [B, C, *source_grid]."""
+        # A 1x1 convolution, said as a product: cuDNN's convolutions have a TF32 switch of their own.
+        positions = at_least_float32(features).flatten(2).transpose(1, 2)
+        scores = functional.relu(functional.linear(positions, self.score.weight.flatten(1), self.score.bias))
+        groups = self.config.num_groups
+        layers = zip(scores.unbind(2), self.cost.weight.chunk(groups), self.cost.bias.chunk(groups), strict=True)
+        cost = torch.stack([functional.linear(*layer) for layer in layers], dim=1)
+        cost = cost.reshape(-1, groups, self._num_sources, self._num_targets)
+        epsilon = self.config.epsilon
+        if self.polar_weight is not None:
+            prior = torch.einsum("gt,tnm->gnm", epsilon * self.polar_weight, self.polar_terms)
+            cost = cost + functional.pad(prior, (0, self._num_targets - self._num_cells))
+        cost = cost.flatten(0, 1)
+        if self.log_epsilon is not None:
+            # The plan depends on cost over epsilon alone; potentials stay in units of this cost.
+            cost = cost * (math.log(epsilon) - self.log_epsilon).exp()
+        return cost
+
+    def _cell_mass(self) -> float | Tensor:
+        """Return the mass that arrives at each aerial position; a ground position has one."""
+        evenly = self._num_sources / self._num_cells
+        return evenly if self.dustbin_logit is None else evenly * torch.sigmoid(-self.dustbin_logit)
+
+    def _target_marginals(self) -> Tensor | None:
+        """Return the masses [k] of the targets; none means that they are even."""
+        if self.dustbin_logit is None:
+            return None
+        dropped = self._num_sources * torch.sigmoid(self.dustbin_logit)
+        return torch.cat([torch.as_tensor(self._cell_mass()).expand(self._num_cells), dropped.reshape(1)])
+
+    def _initialise(self) -> None:
         with torch.no_grad():
             # NOTE(paper) Features are not negative: with score weights of both signs, one draw in six leaves the ReLU
             # dead at nearly every position, and the plan never learns. Positive ones as small as the cost's keep 20
@@ -90,4 +162,17 @@ class FeatureTransport(nn.Module):
             nn.init.trunc_normal_(self.score.weight, std=_WEIGHT_STD, a=-2 * _WEIGHT_STD, b=2 * _WEIGHT_STD).abs_()
             nn.init.zeros_(self.score.bias)  # type: ignore[arg-type]  # typed optional, made here with bias
             nn.init.trunc_normal_(self.cost.weight, std=_WEIGHT_STD, a=-2 * _WEIGHT_STD, b=2 * _WEIGHT_STD)
-            self.cost.bias.copy_((diagonal * torch.eye(num_positions)).flatten())
+            bias = functional.pad(self._first_cost(), (0, self._num_targets - self._num_cells))
+            self.cost.bias.copy_(bias.flatten().repeat(self.config.num_groups))
+
+    def _first_cost(self) -> Tensor:
+        """Return the cost [n, m] before anything is learned, float64."""
+        # NOTE(paper) The published bias is the identity, as a *cost*: staying in place starts forbidden, with mass
+        # exp(-1 / epsilon) whose gradient is zero in float32. Kept as published; `zero` and `soft` are the ways out.
+        if self.config.init == "identity":
+            return torch.eye(self._num_cells, dtype=torch.float64)
+        if self.config.init == "zero":
+            return torch.zeros(self._num_sources, self._num_cells, dtype=torch.float64)
+        # exp(-cost / epsilon) = 1 + (m - 2) * stretching: the uniform plan and one that stays, of about the same mass.
+        kept = stretching(self.source_grid, self.grid) * max(self._num_cells - 2, 0)
+        return -self.config.epsilon * torch.log1p(kept)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.backbone import Trunk
-from cvft.config import ModelConfig, PreprocessConfig
+from cvft.config import HeadConfig, ModelConfig, PreprocessConfig
 from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
 from cvft.noise import derive
@@ -43,16 +43,19 @@ class CrossViewModel(nn.Module):
         self.descriptor_dim = channels
         if head.kind != "global_pool":
             ground_map, aerial_map = (
-                pooled_size(self.ground_trunk.map_size(size_px), 1, "ceil")
+                pooled_size(self.ground_trunk.map_size(size_px), head.stride - 1, "ceil")
                 for size_px in (preprocess.ground_size_px, preprocess.aerial_size_px)
             )
             _require_grid(config, aerial_map, preprocess.aerial_size_px)
-            self.ground_projection = _projection(channels, head.channels)
-            self.aerial_projection = _projection(channels, head.channels)
-            self.resize = LegacyBilinearResize(ground_map, head.grid)
+            self.ground_projection = _projection(channels, head)
+            self.aerial_projection = _projection(channels, head)
+            is_resized = head.kind == "conv" or not head.transport.is_rectangular
+            self.resize = LegacyBilinearResize(ground_map, head.grid) if is_resized else nn.Identity()
             self.descriptor_dim = head.channels * head.grid[0] * head.grid[1]
         if head.kind == "cvft":
-            self.transport = FeatureTransport(head.transport, channels=head.channels, grid=head.grid)
+            self.transport = FeatureTransport(
+                head.transport, channels=head.channels, grid=head.grid, ground_map=ground_map
+            )
 
     def forward(self, ground: Tensor, aerial: Tensor, *, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the unit descriptors [B, D] of both sides of B pairs, from normalised pixels [B, 3, H, W].
@@ -80,16 +83,29 @@ class CrossViewModel(nn.Module):
         return _descriptor(functional.relu(self.aerial_projection(features)))
 
     def ground_transport(self, ground: Tensor) -> TransportResult:
-        """Return the transport of normalised panoramas [B, 3, H, W], to be looked at.
+        """Return the transport of normalised panoramas [B, 3, H, W] as `FeatureTransport.transport` does.
 
         Raises:
             ConfigError: The head has no transport.
         """
+        return self._require_transport().transport(self._ground_features(ground))
+
+    def ground_plan(self, ground: Tensor) -> Tensor:
+        """Return the plans [B, n, m] of normalised panoramas [B, 3, H, W], to be looked at.
+
+        Positions are those of `transport.source_grid` and `transport.grid`.
+
+        Raises:
+            ConfigError: The head has no transport.
+        """
+        return self._require_transport().plan(self._ground_features(ground))
+
+    def _require_transport(self) -> FeatureTransport:
         if self.config.head.kind != "cvft":
             raise ConfigError(
                 f"model.head.kind: {self.config.head.kind} moves no features; only cvft has a transport plan"
             )
-        return self.transport.transport(self._ground_features(ground))
+        return self.transport
 
     def _ground_features(self, ground: Tensor, noise: Tensor | None = None) -> Tensor:
         features: Tensor = self.resize(functional.relu(self.ground_projection(self.ground_trunk(ground, noise))))
@@ -117,13 +133,13 @@ def _require_grid(config: ModelConfig, aerial_map: tuple[int, int], aerial_size_
     if aerial_map != config.head.grid:
         raise ConfigError(
             f"model.head.grid: {list(config.head.grid)} is not the map {list(aerial_map)} that an aerial image of "
-            f"{list(aerial_size_px)} px leaves after {len(config.backbone.blocks) - 1} pools and a stride of 2; "
+            f"{list(aerial_size_px)} px leaves after the backbone and a stride of {config.head.stride}; "
             f"set it to {list(aerial_map)} or change preprocess.aerial_size_px"
         )
 
 
-def _projection(in_channels: int, out_channels: int) -> SameConv2d:
-    projection = SameConv2d(in_channels, out_channels, kernel_size=3, stride=2)
+def _projection(in_channels: int, head: HeadConfig) -> SameConv2d:
+    projection = SameConv2d(in_channels, head.channels, kernel_size=3, stride=head.stride)
     nn.init.kaiming_normal_(projection.weight, nonlinearity="relu")
     nn.init.zeros_(projection.bias)  # type: ignore[arg-type]  # typed optional, made here with bias
     return projection

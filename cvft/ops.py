@@ -71,9 +71,17 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def legacy_coordinates(source: int, target: int) -> Tensor:
+    """Return where along an axis of `source` samples `LegacyBilinearResize` reads its outputs, [target].
+
+    A coordinate beyond the last sample reads the last sample.
+    """
+    return torch.arange(target, dtype=torch.float32) * (source / target)
+
+
 def _interpolation_matrix(source: int, target: int) -> Tensor:
     """Return [target, source], row i holding the weights of the source samples that make output i."""
-    coordinate = torch.arange(target, dtype=torch.float32) * (source / target)
+    coordinate = legacy_coordinates(source, target)
     lower = coordinate.floor().long()
     upper = (lower + 1).clamp(max=source - 1)
     weight = (coordinate - lower).unsqueeze(1)

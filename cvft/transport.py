@@ -49,6 +49,7 @@ class TransportProblem:
         source_marginals: Mass of each source, shape [n] or [B, n], not negative; a zero is solved as 1e-12 of
             their mean. None is one each or, where only the target's are given, their mass spread evenly.
         target_marginals: Mass of each target, shape [m] or [B, m], not negative. None spreads the sources' mass evenly.
+        check_marginals: Refuse marginals that cannot be transported. Without it the device is not waited for.
 
     Raises:
         ConfigError: A shape, a type or epsilon is unusable, a marginal is negative, or the two masses differ.
@@ -58,6 +59,7 @@ class TransportProblem:
     epsilon: float
     source_marginals: Tensor | None = None
     target_marginals: Tensor | None = None
+    check_marginals: bool = True
 
     def __post_init__(self) -> None:
         shape = list(self.cost.shape)
@@ -66,6 +68,8 @@ class TransportProblem:
         )
         require(self.cost.is_floating_point(), f"cost: {self.cost.dtype} must be a floating-point type")
         require(self.epsilon > 0, f"epsilon: {self.epsilon} must be positive")
+        if not self.check_marginals:
+            return
         _check_marginals("source_marginals", self.source_marginals, batch=shape[0], size=shape[1])
         _check_marginals("target_marginals", self.target_marginals, batch=shape[0], size=shape[2])
         if self.source_marginals is not None and self.target_marginals is not None:

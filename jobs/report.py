@@ -84,8 +84,7 @@ def summarise(manifest: Manifest) -> DataSummary:
 
 def _transports(found: Evaluation, number: int) -> list[TransportExample]:
     """Show the plans of the best queries and of the worst one."""
-    head = found.info.model.head
-    if head.kind != "cvft":
+    if found.info.model.head.kind != "cvft":
         return []
     order = found.result.match_rank.argsort(stable=True).tolist()
     rows = order if len(order) <= number else [*order[: number - 1], order[-1]]
@@ -96,9 +95,10 @@ def _transports(found: Evaluation, number: int) -> list[TransportExample]:
         decode(found.dataset.read(row)[0], pixels[place], profile=found.preprocess.decode_profile, rows_px=rows_px)
     with torch.no_grad():
         ground = Preprocess(found.preprocess)(torch.from_numpy(pixels).to(found.device))
-        plans = found.model.ground_transport(ground).plan.cpu().numpy().astype(np.float64)
+        plans = found.model.ground_plan(ground).cpu().numpy().astype(np.float64)
+    transport = found.model.transport
     return [
-        TransportExample(index=row, plan=plan, source_grid=head.grid, target_grid=head.grid)
+        TransportExample(index=row, plan=plan, source_grid=transport.source_grid, target_grid=transport.grid)
         for row, plan in zip(rows, plans, strict=True)
     ]
 

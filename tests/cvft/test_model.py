@@ -140,6 +140,20 @@ def test_the_descriptor_is_flattened_with_the_channels_fastest():
     torch.testing.assert_close(network.embed_aerial(aerial)[0], by_hand / by_hand.norm())
 
 
+def test_every_part_of_a_network_with_all_transport_variants_learns():
+    transport = TransportConfig(
+        init="soft", epsilon=0.1, is_rectangular=True, num_groups=2, polar_weight=4.0, dustbin_share=0.2
+    )
+    head = HeadConfig(channels=6, stride=1, grid=(16, 16), transport=transport)
+    torch.manual_seed(0)
+    network = build_model(dataclasses.replace(config(), head=head), INPUT)
+    ground, aerial = network(*images())
+    assert ground.shape == aerial.shape == (2, 6 * 16 * 16)
+    (ground * aerial).sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters() if parameter.requires_grad)
+    assert network.ground_plan(images()[0]).shape == (2, 8 * 20, 16 * 16)
+
+
 @torch.no_grad()
 def test_the_transport_of_a_panorama_can_be_looked_at():
     result = model().ground_transport(images()[0])
