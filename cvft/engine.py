@@ -12,13 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cvft.augment import Augment
 from cvft.batch import Batch
 from cvft.config import Precision
 from cvft.distributed import current_world, gather, unwrap
@@ -118,6 +119,7 @@ def train_epoch(
     chunk_size: int | None = None,
     max_gradient_norm: float | None = None,
     precision: Precision = "float32",
+    augment: Augment | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> EpochReport:
     """Train on the given batches, one step each.
@@ -131,11 +133,11 @@ def train_epoch(
         optimizer: Its learning rate is set at every step.
         learning_rate: Rate as a function of the step.
         first_step: Number of the first step.
-        seed: Of dropout and all else that is random in a step, see `Forward`; the caller's generator state is
-            overwritten.
+        seed: Of all that is random in a step, see `Forward`; the caller's generator state is overwritten.
         chunk_size: See `Forward`.
         max_gradient_norm: Larger gradients are scaled down to it; none never does.
         precision: See `Forward`.
+        augment: See `Forward`.
         on_step: Called after every step, on every rank.
 
     Raises:
@@ -144,13 +146,15 @@ def train_epoch(
     """
     model.train()
     device = next(model.parameters()).device
-    started = time.perf_counter()
+    started, num_pairs = time.perf_counter(), 0
     losses: list[float] = []
-    num_pairs = 0
+    forward = Forward(
+        preprocess=preprocess, seed=seed, step=first_step, chunk_size=chunk_size, precision=precision, augment=augment
+    )
     for step, (batch, wait_s) in enumerate(_with_wait(batches), first_step):
         begun = time.perf_counter()
         rate = _set_rate(optimizer, learning_rate(step))
-        forward = Forward(preprocess=preprocess, seed=seed, step=step, chunk_size=chunk_size, precision=precision)
+        forward = replace(forward, step=step)
         value, norm = _train_step(
             model, batch.to(device), forward=forward, loss=loss, optimizer=optimizer, max_norm=max_gradient_norm
         )
@@ -160,9 +164,12 @@ def train_epoch(
         if on_step is not None:
             of_step = {"loss": value, "gradient_norm": norm, "learning_rate": rate, "step_s": step_s}
             on_step(StepReport(step=step, **of_step, data_wait_s=wait_s, pairs_per_s=pairs / (wait_s + step_s)))
+    return _epoch_report(losses, num_pairs, first_step=first_step, seconds=time.perf_counter() - started)
+
+
+def _epoch_report(losses: list[float], num_pairs: int, *, first_step: int, seconds: float) -> EpochReport:
     if not losses:
         raise TrainingError(f"no batch to train on at step {first_step}; is the split smaller than one global batch?")
-    seconds = time.perf_counter() - started
     speed = num_pairs / seconds
     return EpochReport(loss=sum(losses) / len(losses), num_steps=len(losses), seconds=seconds, pairs_per_s=speed)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cvft.augment import Augment
 from cvft.batch import Batch
 from cvft.config import Precision
 from cvft.distributed import (
@@ -46,6 +47,7 @@ class Forward:
         chunk_size: Pairs of one forward pass of a rank; none means all of its pairs.
         precision: `bfloat16` runs the trunks' convolutions under autocast; weights, transport, descriptors and loss
             stay float32.
+        augment: Changes the pixels as (seed, step, pair) decide; none leaves them as they are.
     """
 
     preprocess: Preprocessor
@@ -53,13 +55,17 @@ class Forward:
     step: int
     chunk_size: int | None = None
     precision: Precision = "float32"
+    augment: Augment | None = None
 
     def __call__(self, model: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the descriptors [rows, D] of both views."""
         words = [self.seed, self.step, current_world().rank, rows.start]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
         noise = pair_noise(batch.index[rows], seed=self.seed, step=self.step)
-        ground, aerial = self.preprocess(batch.ground[rows]), self.preprocess(batch.aerial[rows])
+        ground, aerial = batch.ground[rows], batch.aerial[rows]
+        if self.augment is not None:
+            ground, aerial = self.augment(ground, aerial, noise)
+        ground, aerial = self.preprocess(ground), self.preprocess(aerial)
         with torch.autocast(ground.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             descriptors: tuple[Tensor, Tensor] = model(ground, aerial, noise=noise)
         return descriptors

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from cvft.augment import AugmentConfig
 from cvft.config import LossConfig, ModelConfig, OptimizerConfig, Precision, PreprocessConfig
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
@@ -72,6 +73,7 @@ class TrainConfig:
         max_failures: Times that a lost worker or node restarts the workers from the last checkpoint.
         loss: See `LossConfig`.
         optimizer: See `OptimizerConfig`.
+        augment: See `AugmentConfig`.
     """
 
     seed: int = 0
@@ -85,6 +87,7 @@ class TrainConfig:
     max_failures: int = 3
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: {self.seed} must not be negative")
@@ -140,6 +143,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         is_safe = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)
         require(bool(is_safe), f"name: {self.name!r} must be letters, digits, '.', '_' and '-': it names a folder")
+        self.train.augment.require_fits(self.preprocess)
 
     @property
     def folder(self) -> str:

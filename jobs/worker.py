@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from cvft.augment import Augment
 from cvft.batch import prefetch
 from cvft.checkpoint import CheckpointInfo, restore_training
 from cvft.distributed import current_world, wrap_ddp
@@ -105,6 +106,7 @@ class _Training:
         self._queries = Queries.of_split(manifest, splits[0], train_split=splits[1])
         self._eval_loader = self._loader(self._eval_set)
         self._preprocess = Preprocess(config.preprocess)
+        self._augment = Augment(config.train.augment, config.preprocess)
         self._loss = build_loss(config.train.loss).to(device)
         torch.manual_seed(config.train.seed)  # the initial weights
         model = build_model(config.model, config.preprocess).to(device)
@@ -133,6 +135,7 @@ class _Training:
                 seed=self._config.train.seed,
                 chunk_size=self._config.train.chunk_size,
                 precision=self._config.train.precision,
+                augment=self._augment,
                 max_gradient_norm=self._config.train.optimizer.max_gradient_norm,
                 on_step=_StepLines(self._num_steps) if self._world.rank == 0 else None,
             )
