@@ -27,6 +27,8 @@ class PreprocessConfig:
         decode_profile: `exact` decodes fully and averages areas; `fast` uses the JPEG's own half-size decoding where it
             is large enough and interpolates linearly. They differ by about 1.7 grey levels. `preresized` takes the
             images of a dataset that was sharded at exactly these sizes as they are.
+        polar: The network unrolls the aerial image about its middle to the ground image's size before its first layer,
+            see `cvft.polar_transform`.
     """
 
     ground_size_px: tuple[int, int] = (112, 616)
@@ -35,6 +37,12 @@ class PreprocessConfig:
     mean: tuple[float, float, float] = (103.939, 116.779, 123.6)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     decode_profile: Literal["exact", "fast", "preresized"] = "exact"
+    polar: bool = False
+
+    @property
+    def aerial_input_px(self) -> tuple[int, int]:
+        """Height and width of what the aerial trunk sees."""
+        return self.ground_size_px if self.polar else self.aerial_size_px
 
     def __post_init__(self) -> None:
         for name in ("ground_size_px", "aerial_size_px"):

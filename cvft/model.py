@@ -15,6 +15,7 @@ from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
 from cvft.noise import derive
 from cvft.ops import LegacyBilinearResize, SameConv2d, pooled_size
+from cvft.polar_transform import PolarTransform
 from cvft.precision import at_least_float32
 from cvft.tensor_files import read_weights
 from cvft.transport import TransportResult
@@ -37,6 +38,7 @@ class CrossViewModel(nn.Module):
     def __init__(self, config: ModelConfig, preprocess: PreprocessConfig) -> None:
         super().__init__()
         self.config = config
+        self.polar = PolarTransform(preprocess.ground_size_px) if preprocess.polar else None
         self.ground_trunk = Trunk(config.backbone)
         self.aerial_trunk = None if config.backbone.is_shared else Trunk(config.backbone)
         channels, head = self.ground_trunk.out_channels, config.head
@@ -44,9 +46,9 @@ class CrossViewModel(nn.Module):
         if head.kind != "global_pool":
             ground_map, aerial_map = (
                 pooled_size(self.ground_trunk.map_size(size_px), head.stride - 1, "ceil")
-                for size_px in (preprocess.ground_size_px, preprocess.aerial_size_px)
+                for size_px in (preprocess.ground_size_px, preprocess.aerial_input_px)
             )
-            _require_grid(config, aerial_map, preprocess.aerial_size_px)
+            _require_grid(config, aerial_map, preprocess.aerial_input_px)
             self.ground_projection = _projection(channels, head)
             self.aerial_projection = _projection(channels, head)
             is_resized = head.kind == "conv" or not head.transport.is_rectangular
@@ -77,6 +79,8 @@ class CrossViewModel(nn.Module):
 
     def embed_aerial(self, aerial: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the unit descriptors [B, D] of normalised aerial images [B, 3, H, W]; `noise` as in `Trunk`."""
+        if self.polar is not None:
+            aerial = self.polar(aerial)
         features = (self.ground_trunk if self.aerial_trunk is None else self.aerial_trunk)(aerial, noise)
         if self.config.head.kind == "global_pool":
             return _unit(features.amax((2, 3)))
@@ -116,7 +120,7 @@ def build_model(config: ModelConfig, preprocess: PreprocessConfig) -> CrossViewM
     """Build a network for training: random weights, or trunks that start from `config.backbone.weights`.
 
     Raises:
-        ConfigError: `config.head.grid` is not the map that an aerial image of `preprocess.aerial_size_px` gives.
+        ConfigError: `config.head.grid` is not the map that an aerial image of `preprocess.aerial_input_px` gives.
         CheckpointError: The backbone's weights cannot be read or do not fit.
     """
     model = CrossViewModel(config, preprocess)
@@ -135,6 +139,7 @@ def _require_grid(config: ModelConfig, aerial_map: tuple[int, int], aerial_size_
             f"model.head.grid: {list(config.head.grid)} is not the map {list(aerial_map)} that an aerial image of "
             f"{list(aerial_size_px)} px leaves after the backbone and a stride of {config.head.stride}; "
             f"set it to {list(aerial_map)} or change preprocess.aerial_size_px"
+            " (preprocess.ground_size_px where preprocess.polar unrolls it)"
         )
 
 
