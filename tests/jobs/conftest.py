@@ -1,5 +1,6 @@
 """A town small enough to train on within a test, on disk and in shards."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,9 +51,11 @@ def manifest_uri(town, make_manifest) -> str:
 
 
 @pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory) -> str:
-    """One MLflow file for all tests: its schema takes seconds to make."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+def tracking_uri(tmp_path_factory, mlflow_schema) -> str:
+    """One MLflow file for all tests."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copyfile(mlflow_schema, file)
+    return f"sqlite:///{file}"
 
 
 @pytest.fixture

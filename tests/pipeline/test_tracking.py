@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from cvft.errors import StoreError
+from pipeline.tracking.environment import environment_text
 from pipeline.tracking.runs import Run, find_run, open_run
-from pipeline.tracking.server import prepare, tracking_client
+from pipeline.tracking.server import UnreachableError, prepare, tracking_client
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -17,9 +19,11 @@ CONFIG = {"name": "a", "train": {"loss": {"gamma": 10.0}, "sizes": [1, 2]}, "man
 
 
 @pytest.fixture(scope="module")
-def tracking(tmp_path_factory):
+def tracking(tmp_path_factory, mlflow_schema):
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copyfile(mlflow_schema, file)
     # Three slashes and an absolute path: the usual slip; it must still mean that file.
-    return prepare(f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/sub/mlflow.db", experiment="town")
+    return prepare(f"sqlite:///{file}", experiment="town")
 
 
 def client(tracking):
@@ -101,8 +105,9 @@ Run(uri={run.uri!r}, run_id={run.run_id!r}).log_metrics({{"loss": 3}}, step=7)
     assert (metric.value, metric.step) == (3.0, 7)
 
 
-def test_a_deleted_experiment_and_an_absent_server_are_one_line_each(tmp_path, monkeypatch):
+def test_a_deleted_experiment_and_an_absent_server_are_one_line_each(tmp_path, monkeypatch, mlflow_schema):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    shutil.copyfile(mlflow_schema, tmp_path / "mlflow.db")
     tracking = prepare(uri, experiment="old")
     tracking_client(tracking.uri).delete_experiment(tracking.experiment_id)
     with pytest.raises(
@@ -110,5 +115,16 @@ def test_a_deleted_experiment_and_an_absent_server_are_one_line_each(tmp_path, m
     ):
         prepare(uri, experiment="old")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(StoreError, match="MLflow cannot use it"):
+    with pytest.raises(UnreachableError, match=r"MLflow cannot use it: .*Connection refused.*; give"):
         prepare("http://127.0.0.1:9", experiment="old")
+
+
+def test_an_environment_is_told_in_the_same_words_every_time():
+    text = environment_text(commit="abc")
+    assert text == environment_text(commit="abc")
+    facts, packages = ([line for line in text.splitlines() if line.startswith("#") == is_fact] for is_fact in (1, 0))
+    assert facts[0] == "# commit: abc"
+    assert any(torch.__version__ in line for line in facts)
+    names = [package.split("==")[0] for package in packages]
+    assert names == sorted(set(names))
+    assert {"mlflow", "ray", "torch"} <= set(names)
