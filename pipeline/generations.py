@@ -18,6 +18,7 @@ import xxhash
 
 from pipeline.checks import load_pair
 from pipeline.manifest import Manifest
+from pipeline.parquet import read_parquet
 from pipeline.profile import ORIGINAL
 from pipeline.raw import RawFolder
 from pipeline.schema import ROLES, ImageRules, PairSource
@@ -90,7 +91,7 @@ class Stamps:
         if not store.exists(path):
             return cls({})
         try:
-            table = pq.read_table(io.BytesIO(store.read_bytes(path)))
+            table = read_parquet(store.read_bytes(path))
             return cls(dict(zip(table["key"].to_pylist(), table["stamp"].to_pylist(), strict=True)))
         except (OSError, pa.ArrowException, KeyError) as error:
             _LOGGER.warning("%s is damaged (%s): the raw files are read anew", store.uri(path), error)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import xxhash
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -16,6 +15,7 @@ from cvft.configuration import require
 from cvft.errors import DataError, ShardError
 from pipeline.images import thumbnail
 from pipeline.manifest import Manifest
+from pipeline.parquet import rows_where
 from pipeline.report.contact_sheet import AERIAL_WIDTH_PX, GROUND_WIDTH_PX, Card, contact_sheet
 from pipeline.report.gallery import format_distance
 from pipeline.report.style import data_uri, rasterise
@@ -48,7 +48,7 @@ def draw_sheet(manifest: Manifest, *, shard: str | None = None, split: str | Non
         rows, title = manifest.split(split), f"split {split}"
     else:
         number = 0 if shard is None else _find_shard(manifest, shard)
-        rows, title = manifest.pairs.filter(pc.field("shard") == number), manifest.shards[number].name
+        rows, title = rows_where(manifest.pairs, "shard", number), manifest.shards[number].name
     shown = rows.slice(0, num)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         cards = list(pool.map(lambda row: _read_card(manifest, row), shown.to_pylist()))

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cvft.errors import ConfigError, DataError, ShardError
 from pipeline.geography import geocentric_m
+from pipeline.parquet import read_parquet, rows_where
 from pipeline.pointer import POINTER_FILE, read_pointer
 from pipeline.profile import ORIGINAL, ShardProfile
 from pipeline.sealed import seal
@@ -163,7 +163,7 @@ class Manifest:
 
     @classmethod
     def _decode(cls, data: bytes, store_uri: str) -> Manifest:
-        pairs = pq.read_table(io.BytesIO(data))
+        pairs = read_parquet(data)
         metadata = json.loads(pairs.schema.metadata[_METADATA_KEY])
         version = metadata["schema_version"]
         if version != SCHEMA_VERSION:
@@ -218,7 +218,7 @@ class Manifest:
         """
         if name not in self.splits:
             raise DataError(f"split {name!r} is not in {self.uri}; it has {', '.join(self.splits)}")
-        return self.pairs.filter(pc.field("split") == name)
+        return rows_where(self.pairs, "split", name)
 
     def location_m(self, split: str) -> npt.NDArray[np.float64]:
         """Return where a split's pairs were taken, [N, 3] in metres: straight distances between rows are distances.

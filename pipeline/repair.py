@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from pipeline.manifest import Manifest
+from pipeline.parquet import rows_where
 from pipeline.raw import RawFolder
 from pipeline.schema import PairSource
 from pipeline.shard_checks import Damage
@@ -94,7 +93,7 @@ def _write_again(
     manifest: Manifest, shard: int, scan: SourceScan, *, listed: Mapping[str, PairSource], store: Store, paths: set[str]
 ) -> str:
     """Put the files `paths` of a shard in their places, whole; return why not, or an empty string."""
-    rows = manifest.pairs.filter(pc.field("shard") == shard).to_pylist()
+    rows = rows_where(manifest.pairs, "shard", shard).to_pylist()
     absent = [row["key"] for row in rows if row["key"] not in listed]
     if absent:
         return f"the raw data lacks {len(absent)} of its {len(rows)} pairs, first {absent[0]}"

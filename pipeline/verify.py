@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import pyarrow.compute as pc
-
 from cvft.configuration import require
 from cvft.errors import ShardError, StoreError
 from pipeline.manifest import PAIR_SCHEMA, Manifest, ShardInfo
+from pipeline.parquet import rows_where
 from pipeline.plan import document_path
 from pipeline.sampler import epoch_permutation
 from pipeline.sealed import is_whole
@@ -100,7 +99,7 @@ def _tasks(manifest: Manifest, numbers: Sequence[int], *, num_sampled: int | Non
     tasks = []
     for number in numbers:
         shard = manifest.shards[number]
-        rows = manifest.pairs.filter(pc.field("shard") == number).to_pylist()
+        rows = rows_where(manifest.pairs, "shard", number).to_pylist()
         spans = [span for span in pair_spans(rows, shard) if chosen is None or span.row["key"] in chosen]
         tasks.append(ShardTask(number=number, shard=shard, spans=spans, is_whole=chosen is None))
     return [task for task in tasks if task.spans]
@@ -143,7 +142,7 @@ def _check_sidecar(manifest: Manifest, store: Store, files: Files, number: int) 
         return damage(kind="bad_sidecar", detail=str(error).removeprefix(store.uri(path)).lstrip(": "))
     except StoreError as error:
         return damage(kind="unreadable", detail=str(error))
-    rows = manifest.pairs.filter(pc.field("shard") == number)
+    rows = rows_where(manifest.pairs, "shard", number)
     columns = {name: rows[name].to_pylist() for name in PAIR_SCHEMA.names if name != "shard"}
     if entry.info != shard or entry.columns != columns:
         return damage(kind="bad_sidecar", detail="it tells of another shard than the manifest")

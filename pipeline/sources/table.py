@@ -8,14 +8,13 @@ is in `val`, or in the split asked for.
 from __future__ import annotations
 
 import difflib
-import io
 import math
 from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cvft.errors import DataError
+from pipeline.parquet import read_parquet
 from pipeline.raw import RawFolder
 from pipeline.schema import VAL, Location
 from pipeline.sources.base import Row, RowChecker, SourceScan, csv_rows, printable
@@ -69,7 +68,7 @@ def _read(root: RawFolder, name: str) -> tuple[list[str], Iterator[tuple[int, Ma
     """Return the columns and the numbered rows, every value as text and blank rows left out."""
     if name.endswith(".parquet"):
         try:
-            table = pq.read_table(io.BytesIO(root.read_bytes(name)))
+            table = read_parquet(root.read_bytes(name))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{root.uri}/{name}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
         return table.column_names, enumerate(map(_as_text, table.to_pylist()), start=1)
