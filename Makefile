@@ -15,8 +15,9 @@ help:  ## show this list
 demo: $(VENV)/.runtime  ## raw images -> shards -> training -> registered model -> report, on a synthetic town
 	@$(BIN)/python -m jobs.demo --out $(DEMO)
 
+# In two processes of one thread each: whole files go to either, all that needs Ray to one (see tests/conftest.py).
 test: $(VENV)/.developer  ## the whole test suite
-	@$(BIN)/python -m pytest --ignore tests/objectstore
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/objectstore -n 2 --dist loadgroup
 
 test-objectstore: $(VENV)/.developer  ## the store's promises on a real object store, Ceph's (Debian's packages: see the message)
 	@infra/objectstore/radosgw.sh check

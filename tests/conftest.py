@@ -22,6 +22,17 @@ pytest.register_assert_rewrite("tests.store_contract")
 _BUCKETS = itertools.count()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes (`make test`), what is dear to make is made in one of them: Ray, above all.
+
+    The other tests stay together by file.
+    """
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        group = "ray" if "ray_cluster" in names else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """A free port, named by the usual AWS variables from before Ray starts, because its workers inherit those."""
@@ -50,15 +61,6 @@ def ray_cluster(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def mlflow_schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An sqlite file with MLflow's tables, to be copied: making them takes seconds."""
-    server = pytest.importorskip("pipeline.tracking.server")
-    file = tmp_path_factory.mktemp("mlflow") / "new folder" / "schema.db"
-    server.prepare(f"sqlite:///{file}", experiment="unused")
-    return file
 
 
 @pytest.fixture(scope="session")
