@@ -64,6 +64,15 @@ def ray_cluster(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
+def mlflow_schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sqlite file with MLflow's tables, to be copied: making them takes seconds."""
+    server = pytest.importorskip("pipeline.tracking.server")
+    file = tmp_path_factory.mktemp("mlflow") / "new folder" / "schema.db"
+    server.prepare(f"sqlite:///{file}", experiment="unused")
+    return file
+
+
+@pytest.fixture(scope="session")
 def _s3_server(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
         command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(s3_port)]

@@ -1,6 +1,7 @@
 """Runs in MLflow: one for each training, continued when the training is.
 
-A `Run` is two strings, so that it travels to Ray workers; only rank 0 should log.
+A `Run` is two strings, so that it travels to Ray workers; only rank 0 should log. Its calls wait for MLflow: a training
+gives them to an `Outbox`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any, Literal, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from cvft.configuration import dotted_values
-from pipeline.tracking.server import Tracking, store_errors, tracking_client
+from pipeline.tracking.server import Tracking, is_refusal, store_errors, tracking_client
 
 T = TypeVar("T")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 IDENTITY_TAG = "cvft.identity_sha256"
+COMMIT_TAG = "mlflow.source.git.commit"
 MAX_PARAMS = 100  # per request
 MAX_METRICS = 1000  # per request
 MAX_PARAM_CHARACTERS = 6000
@@ -48,8 +52,11 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Log numbers by name at a step, in as few requests as MLflow allows."""
         now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        for batch in _batches(entries, MAX_METRICS):
+        self.log_batches(Metric(name, float(value), now, step) for name, value in metrics.items())
+
+    def log_batches(self, metrics: Iterable[Metric]) -> None:
+        """Log metrics of several steps, in as few requests as MLflow allows."""
+        for batch in _batches(metrics, MAX_METRICS):
             self.client.log_batch(self.run_id, metrics=batch)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
@@ -94,14 +101,22 @@ class Run:
         for path in paths:
             self.client.log_artifact(self.run_id, str(path), artifact_path)
 
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Write a text file into the run's artifacts."""
+        self.client.log_text(self.run_id, text, artifact_file)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; an older value of the same name is replaced."""
         for batch in _batches((RunTag(*item) for item in tags.items()), MAX_PARAMS):
             self.client.log_batch(self.run_id, tags=batch)
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """Close the run; `open_run` opens it again."""
-        self.client.set_terminated(self.run_id, status)
+    def resume(self) -> None:
+        """Open a closed run again."""
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def finish(self, status: Status = "FINISHED", end_time_ms: int | None = None) -> None:
+        """Close the run, as of now or of a time in milliseconds since 1970; `resume` opens it again."""
+        self.client.set_terminated(self.run_id, status, end_time_ms)
 
 
 def open_run(
@@ -126,17 +141,33 @@ def open_run(
     Raises:
         StoreError: MLflow cannot use the place.
     """
-    client = tracking_client(tracking.uri)
     with store_errors(tracking.uri):
         run = find_run(tracking, identity=identity)
         if run is None:
-            created = client.create_run(tracking.experiment_id, run_name=name, tags={IDENTITY_TAG: _hash(identity)})
-            run = Run(uri=tracking.uri, run_id=created.info.run_id)
+            run = create_run(tracking, name=name, identity=identity)
         else:
-            client.update_run(run.run_id, status="RUNNING")
+            run.resume()
         run.log_config(config)
-        run.set_tags({**({"mlflow.source.git.commit": commit} if commit else {}), **(tags or {})})
+        run.set_tags({**({COMMIT_TAG: commit} if commit else {}), **(tags or {})})
     return run
+
+
+def create_run(tracking: Tracking, *, name: str, identity: str) -> Run:
+    """Start a run, see `open_run`."""
+    tags = {IDENTITY_TAG: _hash(identity)}
+    created = tracking_client(tracking.uri).create_run(tracking.experiment_id, run_name=name, tags=tags)
+    return Run(uri=tracking.uri, run_id=created.info.run_id)
+
+
+def get_run(tracking: Tracking, run_id: str) -> Run | None:
+    """Return a run by its id, or none where it is unknown or deleted."""
+    try:
+        found = tracking_client(tracking.uri).get_run(run_id)
+    except MlflowException as error:
+        if is_refusal(error):
+            return None
+        raise
+    return Run(uri=tracking.uri, run_id=run_id) if found.info.lifecycle_stage == "active" else None
 
 
 def find_run(tracking: Tracking, *, identity: str) -> Run | None:

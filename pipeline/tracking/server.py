@@ -22,6 +22,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from cvft.errors import StoreError
 
 SQLITE = "sqlite:///"
+# What MLflow raises where a place cannot be used.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+# Answers that stay the same however often one asks; a proxy in front of an absent server gives none of them.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
+# The client's own requests; what the environment says comes first. MLflow would try an absent server for minutes.
+_CLIENT_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # after 0 and 4 seconds
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",  # drawn from Python's global generator, which belongs to the training
+}
+
+
+class UnreachableError(StoreError):
+    """MLflow does not answer, or not now: the same call may succeed later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +67,7 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
     Raises:
         StoreError: MLflow cannot use this place.
     """
-    uri, artifacts = _resolve(uri)
+    uri, artifacts = resolve(uri)
     with store_errors(uri):
         client = tracking_client(uri)
         found = client.get_experiment_by_name(experiment)
@@ -66,27 +82,36 @@ def store_errors(uri: str) -> Iterator[None]:
     """Turn what MLflow raises where a place cannot be used into a StoreError of one line."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StoreError(
-            f"tracking.uri={uri}: MLflow cannot use it: {reason}; give {SQLITE}FILE or a server"
+    except STORE_ERRORS as error:
+        kind = StoreError if is_refusal(error) else UnreachableError
+        raise kind(
+            f"tracking.uri={uri}: MLflow cannot use it: {reason_of(error)}; give {SQLITE}FILE or a server"
         ) from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Tell whether MLflow answered no, and would do so again."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSALS
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error of MLflow in one short line: its beginning says what failed, its end why."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
 
 
 @functools.cache
 def tracking_client(uri: str) -> MlflowClient:
     """Return this process's client of a place; telemetry and bars are off unless the environment says otherwise."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # MLflow tries an absent server for minutes by default; this is about ten seconds.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
     mlflow.telemetry.set_telemetry_client()
     # Thirty lines of schema migrations at every new file tell a user nothing.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _resolve(uri: str) -> tuple[str, str | None]:
+def resolve(uri: str) -> tuple[str, str | None]:
     """Make an sqlite path absolute, since workers run elsewhere; return also where its artifacts go."""
     if not uri.startswith(SQLITE):
         return uri, None
