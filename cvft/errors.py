@@ -32,6 +32,10 @@ class StoreError(CvftError):
     """A storage location that cannot be reached, read or written."""
 
 
+class StoreUnavailableError(StoreError):
+    """A store that may answer again by itself: it refuses connections, is overloaded or broken for the moment."""
+
+
 class ClusterError(CvftError):
     """A Ray cluster that cannot be reached, or that cannot hold what is asked of it."""
 

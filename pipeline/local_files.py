@@ -20,6 +20,17 @@ _HINTS = {
     errno.EROFS: "the file system is read-only; name another place",
     errno.EACCES: "this user may not; change the permissions or name another place",
 }
+# What a shared disk answers while its server is away.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+)
 _BUFFER_BYTES = 1024 * 1024  # whole pages at a time: writing part of a page costs as much as all of it
 # Names of files that are being written, or that only guard others: listings leave them out.
 _TEMPORARY, _LOCK = ".tmp", ".lock"
@@ -118,6 +129,15 @@ class LocalFolder:
         if not isinstance(error, OSError):
             return str(error)
         return _HINTS.get(error.errno or 0) or error.strerror or str(error)
+
+    def may_pass(self, error: Exception) -> bool:
+        """Tell whether the same may succeed later without anybody mending anything."""
+        return may_pass(error)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Tell whether an error of the system's is one that a shared disk gives while its server is away."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 class LocalOutput:

@@ -126,6 +126,10 @@ class S3Folder:
         """Say in one line what is wrong and what to do."""
         return s3_errors.explain(error, bucket=self._bucket)
 
+    def may_pass(self, error: Exception) -> bool:
+        """Tell whether the same request may succeed later without anybody mending anything."""
+        return s3_errors.may_pass(error)
+
     def _object(self, path: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": "/".join(part for part in (self._prefix, path) if part)}
 

@@ -7,6 +7,7 @@ from botocore.exceptions import ClientError
 
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REGION = "the bucket is in another region; set AWS_REGION to the bucket's"
+_OVERLOADED = ("SlowDown", "TooManyRequests", "Throttling", "RequestTimeout")
 _HINTS = {
     "NoSuchKey": "there is no such file",
     "SignatureDoesNotMatch": f"the secret key is wrong; check {_CREDENTIALS}",
@@ -36,14 +37,25 @@ def explain(error: Exception, *, bucket: str) -> str:
     return reason
 
 
+def may_pass(error: Exception) -> bool:
+    """Tell whether the same request may succeed later without anybody mending anything."""
+    if isinstance(error, ClientError):
+        return _is_overloaded(error)
+    return isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
+
+
+def _is_overloaded(error: ClientError) -> bool:
+    code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+    return status >= 500 or code in _OVERLOADED
+
+
 def _explain_answer(error: ClientError, bucket: str) -> str:
     code = str(error.response["Error"]["Code"])
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     if code == "NoSuchBucket":
         return f"there is no bucket {bucket!r}; create it, or check the name and AWS_ENDPOINT_URL"
     if code in _HINTS:
         return _HINTS[code]
     reason = " ".join(str(error).split())
-    if status >= 500 or code in ("SlowDown", "TooManyRequests", "Throttling"):
+    if _is_overloaded(error):
         return f"the server is overloaded or broken; try again later: {reason}"
     return reason

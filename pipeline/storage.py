@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from botocore.exceptions import BotoCoreError, ClientError
 from pyarrow import fs
 
-from cvft.errors import StoreError
+from cvft.errors import StoreError, StoreUnavailableError
 from pipeline.local_files import LocalFolder
 from pipeline.s3 import S3Folder
 
@@ -42,7 +42,8 @@ class FileStatus(NamedTuple):
 class Store:
     """A folder, local or remote; every path given to its methods is relative to it and uses forward slashes.
 
-    Every method raises `StoreError`, one line that says what to do, where the place cannot be reached, read or written.
+    Every method raises `StoreError`, one line that says what to do, where the place cannot be reached, read or written;
+    a `StoreUnavailableError` if it may answer later by itself (see `pipeline.patience`).
     """
 
     def __init__(self, folder: LocalFolder | S3Folder) -> None:
@@ -207,7 +208,8 @@ class Store:
         except FileNotFoundError:
             raise StoreError(f"{self.uri(path)}: cannot {verb} it: there is no such file") from None
         except (OSError, ValueError, BotoCoreError, ClientError) as error:
-            raise StoreError(f"{self.uri(path)}: cannot {verb} it: {self._folder.explain(error)}") from error
+            kind = StoreUnavailableError if self._folder.may_pass(error) else StoreError
+            raise kind(f"{self.uri(path)}: cannot {verb} it: {self._folder.explain(error)}") from error
 
 
 class Stream:
