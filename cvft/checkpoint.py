@@ -1,19 +1,18 @@
 """Checkpoints: a directory of safetensors and JSON, whole or absent, never a pickle.
 
-    model.safetensors       the network's tensors
-    training.safetensors    the tensors of the optimizer and of the loss, where a training can go on
-    checkpoint.json         configuration, preprocessing, step, manifest digest, and the SHA-256 of each tensor file
+    model.safetensors         the network's tensors
+    training.safetensors      the tensors of the optimizer and of the loss, where a training can go on
+    state-<owner>.safetensors further tensors by owner: the loss curve, an average of the weights, mined neighbours
+    checkpoint.json           configuration, preprocessing, position, manifest digest, the SHA-256 of each tensor file,
+                              and its own
 
-A directory is written beside its place and moved there at the end. Every tensor file is held against its hash when
-read.
+`cvft.snapshot` writes them. Every file is held against its hash when read, so that a flipped bit anywhere is found.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,15 +26,19 @@ from cvft.config import ModelConfig, PreprocessConfig
 from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import CheckpointError, ConfigError
 from cvft.model import CrossViewModel
-from cvft.optimizer_state import apply_optimizer_state, collect_optimizer_state
+from cvft.optimizer_state import apply_optimizer_state
 from cvft.tensor_files import require_same_tensors, shapes
 
 FORMAT = "cvft-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 had neither `epoch_step` nor further state, and its JSON no hash of its own
 MODEL_FILE = "model.safetensors"
 TRAINING_FILE = "training.safetensors"
 INFO_FILE = "checkpoint.json"
+SEAL = "sha256"
 _LOSS_PREFIX = "loss."
+# Keys of the JSON that are no fields of CheckpointInfo, or that the typed parser has no words for.
+_OTHER_KEYS = ("format", "files", "optimizer_groups", "state", "training", SEAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,11 @@ class CheckpointInfo:
         model: The network's configuration.
         preprocess: What its input was in training; other input makes the weights worthless.
         step: Optimizer steps done.
-        epoch: Epochs done.
+        epoch: Whole epochs done.
+        epoch_step: Steps done in the epoch after those: the sampler's position.
         manifest_digest: Digest of the manifest trained on; none for imported weights.
         metrics: Numbers by name, as evaluated at this step.
-        training: Plain JSON that the training loop needs to go on (sampler position, best so far).
+        training: Plain JSON that the training loop needs to go on (history, best so far).
         format_version: Version of this layout.
     """
 
@@ -57,52 +61,35 @@ class CheckpointInfo:
     preprocess: PreprocessConfig
     step: int = 0
     epoch: int = 0
+    epoch_step: int = 0
     manifest_digest: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
-def save_checkpoint(
-    directory: Path,
-    *,
-    model: CrossViewModel,
-    info: CheckpointInfo,
-    optimizer: Optimizer | None = None,
-    loss: nn.Module | None = None,
-) -> None:
-    """Write a checkpoint; never half of one stands in `directory`.
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What one owner within a training adds to its checkpoints, and gets back when the training goes on.
 
-    An older checkpoint there steps aside first: if the process dies in that instant, it is found beside, as
-    `.<name>.<process>.old`.
-
-    Args:
-        directory: Its place; an older checkpoint there is replaced.
-        model: The network itself, without a DDP wrapper.
-        info: What to say about it.
-        optimizer: Adam or AdamW over the parameters of the network and the loss; without it the training cannot be
-            resumed from here.
-        loss: The loss, where it has parameters of its own; goes with `optimizer`.
-
-    Raises:
-        CheckpointError: The place cannot be written.
+    Attributes:
+        values: Plain JSON.
+        tensors: Tensors by name, of any type and on any device; they come back on the CPU.
     """
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        document: dict[str, Any] = {"format": FORMAT, **to_plain(info)}
-        document["files"] = {MODEL_FILE: _write_tensors(temporary / MODEL_FILE, model.state_dict())}
-        if optimizer is not None:
-            tensors, document["optimizer_groups"] = collect_optimizer_state(optimizer, _parameters(model, loss))
-            tensors |= _own_state(loss)
-            document["files"][TRAINING_FILE] = _write_tensors(temporary / TRAINING_FILE, tensors)
-        _write(temporary / INFO_FILE, json.dumps(document, indent=2).encode())
-        _publish(temporary, directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot write the checkpoint: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def state_file(owner: str) -> str:
+    """Return the name of the file with an owner's tensors."""
+    return f"state-{owner}.safetensors"
+
+
+def seal(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a checkpoint's JSON in one canonical spelling, its own entry left out."""
+    rest = {key: value for key, value in document.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_info(directory: Path) -> CheckpointInfo:
@@ -112,6 +99,42 @@ def read_info(directory: Path) -> CheckpointInfo:
         CheckpointError: There is no checkpoint, it is damaged, or a newer version wrote it.
     """
     return _info(_document(directory), directory)
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint but `checkpoint.json`, as that one states them.
+
+    Raises:
+        CheckpointError: As in `read_info`.
+    """
+    return dict(_document(directory)["files"])
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Hold every file of a checkpoint against its hash, without loading any.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or changed; it is named.
+    """
+    hashes = file_hashes(directory)
+    for name in hashes:
+        _read_file(directory, name, hashes)
+
+
+def read_state(directory: Path, owner: str) -> State | None:
+    """Return what an owner added to a checkpoint; None if it added nothing.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    document = _document(directory)
+    values = document.get("state", {}).get(owner)
+    if values is None:
+        return None
+    has_tensors = state_file(owner) in document["files"]
+    return State(
+        values=values, tensors=_read_tensors(directory, state_file(owner), document["files"]) if has_tensors else {}
+    )
 
 
 def load_model(
@@ -175,21 +198,22 @@ def restore_training(
     tensors = _read_tensors(directory, TRAINING_FILE, document["files"])
     slots = {name: tensors.pop(name) for name in list(tensors) if ":" in name}
     source = str(directory / TRAINING_FILE)
-    require_same_tensors(shapes(_own_state(loss)), shapes(tensors), source=source)
+    require_same_tensors(shapes(own_state(loss)), shapes(tensors), source=source)
     _load_state(model, document, directory)
     if loss is not None:
         loss.load_state_dict({name.removeprefix(_LOSS_PREFIX): tensor for name, tensor in tensors.items()})
     groups = document["optimizer_groups"]
-    apply_optimizer_state(optimizer, _parameters(model, loss), tensors=slots, groups=groups, source=source)
+    apply_optimizer_state(optimizer, trained_parameters(model, loss), tensors=slots, groups=groups, source=source)
     return info
 
 
-def _own_state(loss: nn.Module | None) -> dict[str, Tensor]:
+def own_state(loss: nn.Module | None) -> dict[str, Tensor]:
     """Return the loss's tensors under names that no tensor of the network and no slot of the optimizer has."""
     return {} if loss is None else {f"{_LOSS_PREFIX}{name}": tensor for name, tensor in loss.state_dict().items()}
 
 
-def _parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the parameters of the network and of the loss by the names that the optimizer's state is kept under."""
     of_loss = {} if loss is None else dict(loss.named_parameters(prefix=_LOSS_PREFIX.removesuffix(".")))
     return {**dict(model.named_parameters()), **of_loss}
 
@@ -207,21 +231,21 @@ def _document(directory: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this project: its `format` is not {FORMAT!r}")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(str(number) for number in READABLE_VERSIONS)
         raise CheckpointError(
-            f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}; use its own release"
+            f"{path} has format_version {version!r}, this release reads {readable}; use its own release"
         )
+    if version > 1 and document.get(SEAL) != seal(document):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it states; take another checkpoint")
     if not isinstance(document.get("files"), dict) or MODEL_FILE not in document["files"]:
         raise CheckpointError(f"{path} is damaged: `files` names no {MODEL_FILE}; take another checkpoint")
     return document
 
 
 def _info(document: Mapping[str, Any], directory: Path) -> CheckpointInfo:
-    own = {
-        key: value for key, value in document.items() if key not in ("format", "files", "optimizer_groups", "training")
-    }
+    own = {key: value for key, value in document.items() if key not in _OTHER_KEYS}
     try:
-        # `training` is any JSON, which the typed parser has no words for.
         return replace(parse(CheckpointInfo, own), training=document.get("training", {}))
     except ConfigError as error:
         raise CheckpointError(f"{directory / INFO_FILE} cannot be used: {error}") from error
@@ -244,6 +268,10 @@ def _load_state(model: CrossViewModel, document: Mapping[str, Any], directory: P
 
 
 def _read_tensors(directory: Path, name: str, hashes: Mapping[str, str]) -> dict[str, Tensor]:
+    return dict(safetensors.torch.load(_read_file(directory, name, hashes)))
+
+
+def _read_file(directory: Path, name: str, hashes: Mapping[str, str]) -> bytes:
     path = directory / name
     try:
         data = path.read_bytes()
@@ -251,31 +279,4 @@ def _read_tensors(directory: Path, name: str, hashes: Mapping[str, str]) -> dict
         raise CheckpointError(f"{path}: cannot read it ({error.strerror}); the checkpoint is incomplete") from error
     if hashlib.sha256(data).hexdigest() != hashes[name]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; take another checkpoint")
-    return dict(safetensors.torch.load(data))
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    _write(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, directory: Path) -> None:
-    """Move a finished directory to its place; an older one steps aside: no rename replaces a full directory."""
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        os.replace(directory, aside)
-    try:
-        os.replace(temporary, directory)
-    except OSError:
-        if aside.exists():
-            os.replace(aside, directory)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    return data

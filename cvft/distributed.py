@@ -13,15 +13,19 @@ Shape letters: B pairs of the global batch, D descriptor values.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from cvft.errors import CvftError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,3 +161,32 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """Let rank 0 alone call a function and give its result to every rank, so that all of them go the same way.
+
+    Every rank must come here; the others wait until rank 0 is done.
+
+    Args:
+        function: Returns plain data (numbers, texts, lists, dictionaries, None).
+
+    Raises:
+        CvftError: Rank 0 met it; on the other ranks one with the same message.
+    """
+    world = current_world()
+    if world.size == 1:
+        return function()
+    told: list[Any] = [None, None]  # the result, or what went wrong
+    failure: CvftError | None = None
+    if world.rank == 0:
+        try:
+            told[0] = function()
+        except CvftError as error:
+            failure, told[1] = error, str(error)
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise CvftError(told[1])
+    return cast(T, told[0])

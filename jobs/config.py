@@ -33,6 +33,8 @@ class DataConfig:
         manifest: Path or URI of the store, whose newest manifest is taken, or of one of its manifests.
         train_split: Split to train on.
         eval_split: Split to evaluate on after an epoch.
+        hit_distance_m: Also report recall with any reference nearer than so many metres as right (CVACT_test: 5); none
+            does not.
         num_threads: Decoding threads in each worker.
         cache: Local folder for shards of a remote store; none is `$XDG_CACHE_HOME/cvft/shards`.
         cache_gb: Gigabytes (10^9 bytes) that this folder may hold, those used least recently go first; none is no
@@ -44,6 +46,7 @@ class DataConfig:
     manifest: str
     train_split: str = TRAIN
     eval_split: str = VAL
+    hit_distance_m: float | None = None
     num_threads: int = 2
     cache: str | None = None
     cache_gb: float | None = None
@@ -51,7 +54,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.num_threads >= 1, f"num_threads: {self.num_threads} must be at least 1")
-        limit, window = self.cache_gb, self.cold_start_window
+        limit, window, distance = self.cache_gb, self.cold_start_window, self.hit_distance_m
+        require(distance is None or distance > 0, f"hit_distance_m: {distance} must be positive, or null for none")
         require(limit is None or limit > 0, f"cache_gb: {limit} must be positive, or null for no limit")
         require(window is None or window >= 1, f"cold_start_window: {window} must be at least 1, or null for none")
 
@@ -70,6 +74,11 @@ class TrainConfig:
         workers: Ray Train workers; 1 trains in this process without Ray.
         use_gpu: Give each worker a GPU.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
+        early_stopping: Stop after so many evaluations in a row without a better R@1; null trains all epochs.
+        checkpoint_every_steps: Save a checkpoint each so many steps as well; null saves only with evaluations.
+        keep_last: Number of checkpoints that are kept besides the best by R@1.
+        store_patience_s: Time that the checkpoints' store may be away before the training gives up; it goes on
+            meanwhile.
         max_failures: Times that a lost worker or node restarts the workers from the last checkpoint.
         loss: See `LossConfig`.
         optimizer: See `OptimizerConfig`.
@@ -84,6 +93,10 @@ class TrainConfig:
     workers: int = 2
     use_gpu: bool = False
     evaluate_every: int = 1
+    early_stopping: int | None = None
+    checkpoint_every_steps: int | None = None
+    keep_last: int = 2
+    store_patience_s: float = 600.0
     max_failures: int = 3
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -91,8 +104,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: {self.seed} must not be negative")
-        for name in ("num_epochs", "workers", "evaluate_every"):
+        for name in ("num_epochs", "workers", "evaluate_every", "keep_last"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("early_stopping", "checkpoint_every_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value} must be at least 1, or null for never")
+        require(self.store_patience_s >= 0, f"store_patience_s: {self.store_patience_s} must not be negative")
         require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
         chunk_size = self.chunk_size
         require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")

@@ -1,6 +1,6 @@
 """Measure a checkpoint's recall on a manifest.
 
-python -m jobs.evaluate --checkpoint runs/town/checkpoints/epoch-0012 --manifest demo/shards/manifests/0123.parquet
+python -m jobs.evaluate --checkpoint runs/town/checkpoints/step-00000720 --manifest demo/shards/manifests/0123.parquet
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from jobs import worker
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig
 from jobs.entry import log_to_stderr
+from jobs.progress import Metrics
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -80,7 +81,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
     if store.exists(_USER_ERROR_FILE):
         return  # restarted after an error that no restart can mend; the driver raises it
 
-    def on_epoch(metrics: worker.Metrics) -> None:
+    def on_epoch(metrics: Metrics) -> None:
         if current_world().rank == 0:
             run.log_metrics(metrics, step=int(metrics["step"]))
         ray.train.report(metrics)

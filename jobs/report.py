@@ -1,6 +1,6 @@
 """Make the HTML report of a checkpoint: recalls, answers, transport, training, data.
 
-    python -m jobs.report --checkpoint runs/town/checkpoints/epoch-0012 --manifest MANIFEST --out report
+    python -m jobs.report --checkpoint runs/town/checkpoints/step-00000720 --manifest MANIFEST --out report
 
 The page holds its pictures and needs no network.
 """
@@ -22,7 +22,7 @@ from cvft.errors import ConfigError
 from cvft.preprocess import Preprocess
 from jobs import entry, evaluate
 from jobs.commit import code_commit
-from jobs.worker import read_history
+from jobs.progress import read_history
 from pipeline.evaluation import Evaluation
 from pipeline.images import decode, thumbnail
 from pipeline.manifest import Manifest

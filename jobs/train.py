@@ -11,20 +11,21 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cvft.checkpoint import read_info
+from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.configuration import dotted_values, to_plain
 from cvft.errors import ClusterError, ConfigError
 from jobs import entry, worker
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig, load
+from jobs.progress import History
 from jobs.ray_train import train_on_ray
+from jobs.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
-from pipeline.checkpoints import checkpoint_name, fetch
+from pipeline.checkpoints import fetch
 from pipeline.decoding import check_profile
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
@@ -40,7 +41,10 @@ _FREE_KEYS = (
     "data.cache",
     "data.cache_gb",
     "data.num_threads",
+    "train.checkpoint_every_steps",
     "train.chunk_size",
+    "train.keep_last",
+    "train.store_patience_s",
     "train.workers",
     "train.use_gpu",
     "train.max_failures",
@@ -72,8 +76,8 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     _check(config, manifest)
     run = _open_run(config, manifest)
     try:
-        if _epochs_done(config) >= config.train.num_epochs:
-            entry.LOGGER.info("run %s is up to date: all %d epochs are done", config.name, config.train.num_epochs)
+        if _is_finished(config):
+            entry.LOGGER.info("run %s is up to date: there is nothing left to train", config.name)
         elif config.train.workers == 1:
             device = torch.device("cuda" if config.train.use_gpu else "cpu")
             worker.train(config, device=device, on_epoch=_recorder(run))
@@ -138,7 +142,7 @@ def _open_run(config: ExperimentConfig, manifest: Manifest) -> Run:
     store = Store.from_uri(config.folder)
     plain = to_plain(config)
     # Without a checkpoint there is nothing yet that another configuration could not go on from.
-    if store.exists(RUN_FILE) and worker.checkpoints_of(config).names():
+    if store.exists(RUN_FILE) and checkpoints_of(config).names():
         _refuse_other_configuration(plain, json.loads(store.read_bytes(RUN_FILE)), manifest)
     tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
     store.write_bytes(RUN_FILE, json.dumps({"manifest_digest": manifest.digest, "config": plain}, indent=2).encode())
@@ -176,30 +180,31 @@ def _recorder(run: Run) -> worker.OnEpoch:
     return lambda metrics: run.log_metrics(metrics, step=int(metrics["step"]))
 
 
-def _epochs_done(config: ExperimentConfig) -> int:
-    newest = _newest(config)
-    return read_info(newest).epoch if newest else 0
+def _newest_info(config: ExperimentConfig) -> CheckpointInfo | None:
+    found = newest_of(config)
+    return None if found is None else read_info(found[1])
 
 
-def _newest(config: ExperimentConfig) -> Path | None:
-    checkpoints = worker.checkpoints_of(config)
-    names = checkpoints.names()
-    return fetch(checkpoints.uri(names[-1]), cache=default_cache().parent) if names else None
+def _is_finished(config: ExperimentConfig) -> bool:
+    info = _newest_info(config)
+    if info is None:
+        return False
+    history = History(**info.training)
+    return history.is_finished(num_epochs=config.train.num_epochs, patience=config.train.early_stopping)
 
 
 def _result(config: ExperimentConfig, run: Run) -> dict[str, Any]:
-    newest = _newest(config)
-    if newest is None:
+    info = _newest_info(config)
+    if info is None:
         raise RuntimeError(f"{config.folder}: the training ended without a checkpoint")
-    info = read_info(newest)
-    history = worker.History(**info.training)
-    (best,) = (metrics for metrics in history.epochs if checkpoint_name(int(metrics["epoch"])) == history.best)
+    history = History(**info.training)
     return {
         "run_id": run.run_id,
-        "checkpoint": worker.checkpoints_of(config).uri(history.best),
+        "checkpoint": checkpoints_of(config).uri(history.best),
         "digest": info.manifest_digest,
-        **best,
+        **history.best_metrics,
         "epochs_done": info.epoch,
+        "stopped_early": info.epoch < config.train.num_epochs,
     }
 
 

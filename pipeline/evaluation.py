@@ -61,15 +61,61 @@ class Queries:
             return None
         return result.of_queries(torch.from_numpy(~self.leaks.is_leaked))
 
-    def metrics(self, result: RetrievalResult) -> dict[str, float | None]:
-        """Return the result's metrics beside `recall_at_1_deleaked` and so on; None is what cannot be known."""
-        kept = self.deleaked(result)
-        deleaked = (kept or result).recalls("_deleaked")
+    def rank(self, found: Descriptors, *, hit_distance_m: float | None = None) -> Ranks:
+        """Rank the split's references for each query, by exact pair and, if asked for, by distance."""
+        result = rank_pairs(found.ground, found.aerial, location=self.location)
+        if hit_distance_m is None:
+            return Ranks(queries=self, result=result)
+        within = rank_pairs(
+            found.ground,
+            found.aerial,
+            location=self.location,
+            location_m=found.location_m,
+            hit_distance_m=hit_distance_m,
+        )
+        return Ranks(queries=self, result=result, within=within, hit_distance_m=hit_distance_m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What was found for the queries of a split.
+
+    Attributes:
+        queries: Which queries leak.
+        result: Ranks of all queries: the exact pair is the true one.
+        within: Ranks where any reference nearer than `hit_distance_m` is a true one as well; None if not asked for.
+        hit_distance_m: That distance.
+    """
+
+    queries: Queries
+    result: RetrievalResult
+    within: RetrievalResult | None = None
+    hit_distance_m: float | None = None
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return the recalls by exact pair, full and de-leaked, and those by distance: `recall_at_1_within_5m`.
+
+        None is what cannot be known.
+        """
+        kept = self.queries.deleaked(self.result)
+        deleaked = (kept or self.result).recalls("_deleaked")
+        by_distance = self.within.recalls(f"_within_{self.hit_distance_m:.12g}m") if self.within else {}
         return {
-            **result.metrics(),
+            **self.result.metrics(),
             **(deleaked if kept else dict.fromkeys(deleaked)),
-            "num_leaked_queries": self.leaks.num_leaked,
+            "num_leaked_queries": self.queries.leaks.num_leaked,
+            **by_distance,
         }
+
+
+def require_positions(dataset: PairDataset, split: str, *, hit_distance_m: float | None) -> None:
+    """Refuse recall by distance where no pair has a position.
+
+    Raises:
+        DataError: There is none.
+    """
+    if hit_distance_m is not None and not np.isfinite(dataset.location_m).any():
+        raise DataError(f"split {split!r}: no pair has a position, so nothing can be counted by distance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +128,7 @@ class Evaluation:
         checkpoint: Local directory of the checkpoint.
         preprocess: How the network's input was made.
         dataset: The split's pairs.
-        queries: Which queries leak.
-        result: Ranks of all its queries: the exact pair is the true one.
-        within: Ranks where any reference nearer than `hit_distance_m` is a true one as well; None if not asked for.
-        hit_distance_m: That distance.
+        ranks: What was found.
         device: Where the network is.
     """
 
@@ -94,16 +137,32 @@ class Evaluation:
     checkpoint: Path
     preprocess: PreprocessConfig
     dataset: PairDataset
-    queries: Queries
-    result: RetrievalResult
-    within: RetrievalResult | None
-    hit_distance_m: float | None
+    ranks: Ranks
     device: torch.device
 
+    @property
+    def queries(self) -> Queries:
+        """Which queries leak."""
+        return self.ranks.queries
+
+    @property
+    def result(self) -> RetrievalResult:
+        """Ranks of all queries: the exact pair is the true one."""
+        return self.ranks.result
+
+    @property
+    def within(self) -> RetrievalResult | None:
+        """Ranks by distance, see `Ranks`."""
+        return self.ranks.within
+
+    @property
+    def hit_distance_m(self) -> float | None:
+        """The distance of `within`."""
+        return self.ranks.hit_distance_m
+
     def metrics(self) -> dict[str, float | None]:
-        """Return the recalls by exact pair, full and de-leaked, and those by distance: `recall_at_1_within_5m`."""
-        by_distance = self.within.recalls(f"_within_{self.hit_distance_m:.12g}m") if self.within else {}
-        return {**self.queries.metrics(self.result), **by_distance}
+        """Return all recalls, see `Ranks.metrics`."""
+        return self.ranks.metrics()
 
 
 def evaluate_checkpoint(
@@ -147,8 +206,7 @@ def evaluate_checkpoint(
     preprocess = parse(PreprocessConfig, changed, prefix="preprocess")
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
-    if hit_distance_m is not None and not np.isfinite(dataset.location_m).any():
-        raise DataError(f"split {split!r}: no pair has a position, so nothing can be counted by distance")
+    require_positions(dataset, split, hit_distance_m=hit_distance_m)
     queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
@@ -160,10 +218,7 @@ def evaluate_checkpoint(
         checkpoint=directory,
         preprocess=preprocess,
         dataset=dataset,
-        queries=queries,
-        result=rank_pairs(found.ground, found.aerial, location=queries.location),
-        within=_rank_by_distance(found, queries, hit_distance_m),
-        hit_distance_m=hit_distance_m,
+        ranks=queries.rank(found, hit_distance_m=hit_distance_m),
         device=device,
     )
 
@@ -176,15 +231,3 @@ def _batches(
     if dataset.is_local:
         return Loader(dataset, **options).eval_batches()
     return sequential.eval_batches(dataset, **options)
-
-
-def _rank_by_distance(found: Descriptors, queries: Queries, distance_m: float | None) -> RetrievalResult | None:
-    if distance_m is None:
-        return None
-    return rank_pairs(
-        found.ground,
-        found.aerial,
-        location=queries.location,
-        location_m=found.location_m,
-        hit_distance_m=distance_m,
-    )

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cvft.checkpoint import CheckpointInfo, save_checkpoint
+from cvft.checkpoint import CheckpointInfo
 from cvft.config import HeadConfig, ModelConfig, PreprocessConfig
 from cvft.errors import CheckpointError, MissingExtraError
 from cvft.model import CrossViewModel
 from cvft.official import official_head, official_state, weight_names
+from cvft.snapshot import save_checkpoint
 from cvft.tensor_files import first_line
 
 

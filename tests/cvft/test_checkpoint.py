@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -12,7 +13,6 @@ from cvft.checkpoint import (
     load_model,
     read_info,
     restore_training,
-    save_checkpoint,
 )
 from cvft.config import (
     BackboneConfig,
@@ -27,6 +27,7 @@ from cvft.errors import CheckpointError
 from cvft.loss import build_loss
 from cvft.model import build_model
 from cvft.optim import build_optimizer
+from cvft.snapshot import save_checkpoint
 
 PREPROCESS = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
 CONFIG = ModelConfig(
@@ -172,8 +173,10 @@ def test_the_same_preprocessing_needs_no_permission(saved):
 
 
 def edit_document(directory, **changes):
-    document = json.loads((directory / INFO_FILE).read_text())
-    (directory / INFO_FILE).write_text(json.dumps(document | changes))
+    document = json.loads((directory / INFO_FILE).read_text()) | changes
+    del document["sha256"]
+    spelled = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    (directory / INFO_FILE).write_text(json.dumps({**document, "sha256": hashlib.sha256(spelled).hexdigest()}))
 
 
 def truncate(path):
@@ -196,7 +199,7 @@ def flip_a_bit(path):
         (lambda d: truncate(d / INFO_FILE), r"checkpoint\.json is damaged"),
         (lambda d: (d / INFO_FILE).write_text("[]"), r"not a checkpoint of this project"),
         (lambda d: edit_document(d, format="other"), r"not a checkpoint of this project"),
-        (lambda d: edit_document(d, format_version=2), r"format_version 2, this release reads 1"),
+        (lambda d: edit_document(d, format_version=3), r"format_version 3, this release reads 1 and 2"),
         (lambda d: edit_document(d, files={}), r"`files` names no model\.safetensors"),
         (lambda d: edit_document(d, stepp=3), r"checkpoint\.json cannot be used: stepp: unknown key"),
         (lambda d: edit_document(d, step="x"), r"checkpoint\.json cannot be used: step: expected int"),

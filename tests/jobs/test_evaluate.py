@@ -13,9 +13,10 @@ import torch
 from cvft.checkpoint import CheckpointInfo
 from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig, TransportConfig
 from cvft.model import build_model
+from cvft.snapshot import take_snapshot
 from jobs import entry, evaluate
 from pipeline import evaluation
-from pipeline.checkpoints import CheckpointFolder
+from pipeline.checkpoints import CheckpointFolder, checkpoint_name
 
 PREPROCESS = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
 CONFIG = ModelConfig(
@@ -31,7 +32,8 @@ def checkpoint(tmp_path_factory) -> str:
     model = build_model(CONFIG, PREPROCESS)
     folder = CheckpointFolder(str(tmp_path_factory.mktemp("run")))
     info = CheckpointInfo(model=CONFIG, preprocess=PREPROCESS, epoch=1)
-    return folder.uri(folder.save(model=model, info=info, optimizer=torch.optim.Adam(model.parameters())))
+    folder.write(checkpoint_name(1), take_snapshot(model=model, info=info))
+    return folder.uri(checkpoint_name(1))
 
 
 def measure(checkpoint: str, manifest: str, *arguments: str) -> dict:

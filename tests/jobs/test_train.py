@@ -10,7 +10,8 @@ import torch
 
 from cvft.checkpoint import MODEL_FILE, read_info
 from cvft.errors import CheckpointError, ConfigError, DataError, TrainingError
-from jobs import evaluate, report, train
+from jobs import evaluate, report, train, training
+from jobs.progress import History
 from pipeline.manifest import Manifest
 
 
@@ -55,9 +56,9 @@ def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_b
 def test_a_training_that_diverges_names_the_keys_and_keeps_the_pixels(tiny, tmp_path, manifest_uri, monkeypatch):
     def diverge(*arguments, **options):
         (batch, *_) = arguments[1]
-        raise train.worker.DivergenceError("step 5: nan", step=5, index=batch.index, batch=batch)
+        raise training.DivergenceError("step 5: nan", step=5, index=batch.index, batch=batch)
 
-    monkeypatch.setattr(train.worker, "train_epoch", diverge)
+    monkeypatch.setattr(training, "train_epoch", diverge)
     with pytest.raises(TrainingError, match=r"step 5: nan; keys \['\w+', .*\], pixels in .*diverged/step-00000005"):
         train.train(tiny("train.num_epochs=1"))
     saved = safetensors.torch.load_file(tmp_path / "runs/town/diverged/step-00000005/rank-0.safetensors")
@@ -71,14 +72,15 @@ def test_a_finished_run_is_only_reported_and_keeps_its_mlflow_run(tiny):
     assert again == first
 
 
-def test_the_result_is_that_of_the_best_checkpoint_and_only_it_and_the_newest_are_kept(tiny):
+def test_the_result_is_that_of_the_best_checkpoint_and_only_it_and_the_two_newest_are_kept(tiny):
     result = train.train(tiny("train.num_epochs=5", "train.optimizer.learning_rate=3e-3"))
     epochs = read_info(_newest(result)).training["epochs"]
     assert len(epochs) == 5
     assert result["recall_at_1"] == max(epoch["recall_at_1"] for epoch in epochs)
     assert read_info(Path(result["checkpoint"])).metrics["recall_at_1"] == result["recall_at_1"]
+    newest = [f"step-{epochs[-1 - back]['step']:08d}" for back in (0, 1)]
     kept = {path.name for path in Path(result["checkpoint"]).parent.iterdir()}
-    assert kept == {Path(result["checkpoint"]).name, "epoch-0005"}
+    assert kept == {Path(result["checkpoint"]).name, *newest}
 
 
 def test_a_run_begun_with_another_configuration_is_refused_by_the_key_that_differs(tiny):
@@ -171,8 +173,8 @@ def test_evaluating_what_is_no_checkpoint_says_so(manifest_uri, tmp_path):
 
 
 def test_history_keeps_the_first_of_equally_good_epochs():
-    history = train.worker.History().then({"recall_at_1": 0.5}, "epoch-0001").then({"recall_at_1": 0.5}, "epoch-0002")
-    assert (history.best, len(history.epochs)) == ("epoch-0001", 2)
+    history = History().then({"recall_at_1": 0.5, "step": 3}).then({"recall_at_1": 0.5, "step": 6})
+    assert (history.best, len(history.epochs)) == ("step-00000003", 2)
     assert dataclasses.asdict(history)["best_recall_at_1"] == 0.5
 
 

@@ -13,7 +13,8 @@ from cvft.checkpoint import CheckpointInfo, read_info, restore_training
 from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig, TransportConfig
 from cvft.errors import CheckpointError
 from cvft.model import CrossViewModel, build_model
-from pipeline.checkpoints import CheckpointFolder, fetch
+from cvft.snapshot import Snapshot, take_snapshot
+from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
 from pipeline.storage import Store
 
 PREPROCESS = PreprocessConfig(ground_size_px=(16, 48), aerial_size_px=(32, 32))
@@ -34,10 +35,15 @@ def model() -> CrossViewModel:
     return build_model(CONFIG, PREPROCESS)
 
 
-def save(folder: CheckpointFolder, model: CrossViewModel, *epochs: int) -> list[str]:
-    optimizer = torch.optim.Adam(model.parameters())
-    infos = [CheckpointInfo(model=CONFIG, preprocess=PREPROCESS, epoch=epoch) for epoch in epochs]
-    return [folder.save(model=model, info=info, optimizer=optimizer) for info in infos]
+def snapshot(model: CrossViewModel, step: int) -> Snapshot:
+    info = CheckpointInfo(model=CONFIG, preprocess=PREPROCESS, step=step)
+    return take_snapshot(model=model, info=info, optimizer=torch.optim.Adam(model.parameters()))
+
+
+def save(folder: CheckpointFolder, model: CrossViewModel, *steps: int) -> list[str]:
+    for step in steps:
+        folder.write(checkpoint_name(step), snapshot(model, step))
+    return [checkpoint_name(step) for step in steps]
 
 
 def test_saved_checkpoint_comes_back_whole(uri, model, tmp_path):
@@ -49,36 +55,36 @@ def test_saved_checkpoint_comes_back_whole(uri, model, tmp_path):
     info = restore_training(
         directory, model=other, preprocess=PREPROCESS, optimizer=torch.optim.Adam(other.parameters())
     )
-    assert info.epoch == 3
+    assert info.step == 3
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_names_are_sorted_by_epoch(uri, model):
+def test_names_are_sorted_by_step(uri, model):
     folder = CheckpointFolder(uri)
     assert folder.names() == []
-    save(folder, model, 10000, 9999, 2)
-    assert folder.names() == ["epoch-0002", "epoch-9999", "epoch-10000"]
+    save(folder, model, 100_000_000, 9999, 2)
+    assert folder.names() == ["step-00000002", "step-00009999", "step-100000000"]
 
 
 def test_what_is_not_whole_or_not_ours_does_not_count(uri, model):
     folder, store = CheckpointFolder(uri), Store.from_uri(uri)
     save(folder, model, 1)
-    for path in ("epoch-0002/model.safetensors", ".epoch-0003.7.tmp/checkpoint.json", "mine/checkpoint.json"):
+    for path in ("step-00000002/model.safetensors", ".step-00000003.7.tmp/checkpoint.json", "mine/checkpoint.json"):
         store.write_bytes(path, b"{}")
-    assert folder.names() == ["epoch-0001"]
+    assert folder.names() == ["step-00000001"]
 
 
 def test_all_others_than_those_kept_are_deleted(uri, model):
     folder = CheckpointFolder(uri)
     save(folder, model, 1, 2, 3)
-    folder.keep({"epoch-0002"})
-    assert folder.names() == ["epoch-0002"]
-    assert {path.partition("/")[0] for path in Store.from_uri(uri).list()} == {"epoch-0002"}
+    folder.keep({"step-00000002"})
+    assert folder.names() == ["step-00000002"]
+    assert {path.partition("/")[0] for path in Store.from_uri(uri).list()} == {"step-00000002"}
 
 
 def test_place_without_a_checkpoint_is_told(uri, tmp_path):
-    Store.from_uri(uri).write_bytes("epoch-0001/model.safetensors", b"half of one")
-    for name in ("epoch-0001", "epoch-0002"):
+    Store.from_uri(uri).write_bytes("step-00000001/model.safetensors", b"half of one")
+    for name in ("step-00000001", "step-00000002"):
         with pytest.raises(CheckpointError, match=rf"{name}: no checkpoint here \(checkpoint\.json is missing\)"):
             fetch(CheckpointFolder(uri).uri(name), cache=tmp_path / "cache")
 
@@ -106,7 +112,7 @@ def test_racing_copies_end_with_one_and_nothing_beside(s3_uri, model, tmp_path, 
         first, second = pool.map(lambda _: fetch(folder.uri(name), cache=tmp_path / "cache"), range(2))
     assert first == second
     assert list((tmp_path / "cache/checkpoints").iterdir()) == [first]
-    assert read_info(first).epoch == 1
+    assert read_info(first).step == 1
     assert fetch(folder.uri(name), cache=tmp_path / "cache") == first  # without another copy: nothing waits
 
 

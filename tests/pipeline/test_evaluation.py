@@ -10,8 +10,9 @@ from cvft.checkpoint import CheckpointInfo
 from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig
 from cvft.model import build_model
 from cvft.pair_retrieval import rank_pairs
-from pipeline.checkpoints import CheckpointFolder
-from pipeline.evaluation import Queries, evaluate_checkpoint
+from cvft.snapshot import take_snapshot
+from pipeline.checkpoints import CheckpointFolder, checkpoint_name
+from pipeline.evaluation import Queries, Ranks, evaluate_checkpoint
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 
@@ -26,6 +27,11 @@ def replace_column(manifest: Manifest, name: str, values: dict[str, str]) -> Man
     return manifest
 
 
+def metrics_of(queries: Queries) -> dict[str, float | None]:
+    """What five queries that are all answered rightly give."""
+    return Ranks(queries=queries, result=rank_pairs(torch.eye(5), torch.eye(5))).metrics()
+
+
 @pytest.fixture
 def manifest(cvusa, tmp_path, make_shards) -> Manifest:
     return make_shards(cvusa, str(tmp_path / "store"))
@@ -38,21 +44,21 @@ def test_deleaked_recall_leaves_leaked_queries_out_and_keeps_all_references(mani
     queries = Queries.of_split(manifest, "val", train_split="train")
     ground = torch.eye(5)
     ground[2] = ground[3]  # the leaked query alone is wrong
-    metrics = queries.metrics(rank_pairs(ground, torch.eye(5)))
+    metrics = Ranks(queries=queries, result=rank_pairs(ground, torch.eye(5))).metrics()
     assert queries.location is None
     assert (metrics["recall_at_1"], metrics["recall_at_1_deleaked"]) == (0.8, 1.0)
     assert (metrics["num_leaked_queries"], metrics["num_queries"], metrics["num_references"]) == (1, 5, 5)
 
 
 def test_without_leaks_both_recalls_are_the_same(manifest):
-    metrics = Queries.of_split(manifest, "val", train_split="train").metrics(rank_pairs(torch.eye(5), torch.eye(5)))
+    metrics = metrics_of(Queries.of_split(manifest, "val", train_split="train"))
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "recall_at_1_percent")
     assert [metrics[f"{name}_deleaked"] for name in names] == [metrics[name] for name in names] == [1.0] * 4
     assert metrics["num_leaked_queries"] == 0
 
 
 def test_without_a_training_split_deleaked_recall_is_unknown(manifest):
-    metrics = Queries.of_split(manifest, "val", train_split="absent").metrics(rank_pairs(torch.eye(5), torch.eye(5)))
+    metrics = metrics_of(Queries.of_split(manifest, "val", train_split="absent"))
     assert metrics["recall_at_1"] == 1.0
     assert metrics["recall_at_1_deleaked"] is None
     assert metrics["num_leaked_queries"] is None
@@ -61,7 +67,7 @@ def test_without_a_training_split_deleaked_recall_is_unknown(manifest):
 def test_when_every_query_leaks_no_deleaked_recall_is_made_up(manifest):
     train = manifest.split("train")["aerial_xxh3_128"][0].as_py()
     replace_column(manifest, "aerial_xxh3_128", dict.fromkeys(manifest.split("val")["key"].to_pylist(), train))
-    metrics = Queries.of_split(manifest, "val", train_split="train").metrics(rank_pairs(torch.eye(5), torch.eye(5)))
+    metrics = metrics_of(Queries.of_split(manifest, "val", train_split="train"))
     assert (metrics["num_leaked_queries"], metrics["recall_at_1_deleaked"]) == (5, None)
 
 
@@ -71,7 +77,7 @@ def test_pairs_of_one_location_share_their_reference(manifest):
     queries = Queries.of_split(manifest, "val", train_split="train")
     result = rank_pairs(torch.eye(5), torch.eye(5)[[0, 1, 2, 1, 4]], location=queries.location)
     assert result.target.tolist() == [0, 1, 2, 1, 4]
-    assert queries.metrics(result)["num_references"] == 4
+    assert Ranks(queries=queries, result=result).metrics()["num_references"] == 4
 
 
 @pytest.mark.objectstore
@@ -84,9 +90,9 @@ def test_remote_split_is_evaluated_in_one_pass_that_copies_no_shard(cvusa, tmp_p
     torch.manual_seed(0)
     model = build_model(config, preprocess)
     info = CheckpointInfo(model=config, preprocess=preprocess, epoch=1)
-    optimizer = torch.optim.Adam(model.parameters())
     folder = CheckpointFolder(str(tmp_path / "run"))
-    checkpoint = folder.uri(folder.save(model=model, info=info, optimizer=optimizer))
+    folder.write(checkpoint_name(1), take_snapshot(model=model, info=info))
+    checkpoint = folder.uri(checkpoint_name(1))
     opened = []
     open_input = Store.open_input
     monkeypatch.setattr(Store, "open_input", lambda store, path: opened.append(path) or open_input(store, path))

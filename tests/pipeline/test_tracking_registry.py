@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cvft.checkpoint import CheckpointInfo, save_checkpoint
+from cvft.checkpoint import CheckpointInfo
 from cvft.config import BackboneConfig, HeadConfig, ModelConfig, OptimizerConfig, PreprocessConfig
 from cvft.errors import CheckpointError
 from cvft.model import CrossViewModel
 from cvft.optim import build_optimizer
 from cvft.preprocess import Preprocess
+from cvft.snapshot import save_checkpoint
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import open_run
 from pipeline.tracking.server import prepare
