@@ -21,6 +21,8 @@ from cvft.errors import ConfigError
 from jobs import worker
 from jobs.config import ExperimentConfig, load, read_yaml
 from jobs.entry import LOGGER
+from jobs.progress import Metrics, read_history
+from jobs.saving import checkpoints_of
 from pipeline.ablation import Trial, VariantSummary, summarise
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
@@ -151,12 +153,12 @@ def run_trial(trial: TrialSpec) -> Trial:
     config = parse(ExperimentConfig, trial.config)
     device = torch.device("cuda" if config.train.use_gpu else "cpu")
     worker.train(config, device=device, on_epoch=_ignore)
-    checkpoints = worker.checkpoints_of(config)
+    checkpoints = checkpoints_of(config)
     info = read_info(fetch(checkpoints.uri(checkpoints.names()[-1]), cache=default_cache().parent))
-    return Trial(variant=trial.variant, seed=trial.seed, metrics=info.metrics)
+    return Trial(variant=trial.variant, seed=trial.seed, metrics=read_history(info)[-1])
 
 
-def _ignore(metrics: worker.Metrics) -> None:
+def _ignore(metrics: Metrics) -> None:
     """Nothing is told between the epochs: the driver tells of whole trainings."""
 
 

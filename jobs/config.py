@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -41,6 +41,8 @@ class DataConfig:
             limit.
         cold_start_window: Number of shards that the first epoch mixes at a time, so that it begins before all shards of
             a remote store are fetched; none mixes all pairs from the first epoch on.
+        keep_pixels: Where decoded pixels of both splits stay, so that each pair is decoded once: `host` memory, that of
+            the `device` that trains, or nowhere (`never`). Each worker keeps whole splits.
     """
 
     manifest: str
@@ -51,6 +53,7 @@ class DataConfig:
     cache: str | None = None
     cache_gb: float | None = None
     cold_start_window: int | None = None
+    keep_pixels: Literal["never", "host", "device"] = "never"
 
     def __post_init__(self) -> None:
         require(self.num_threads >= 1, f"num_threads: {self.num_threads} must be at least 1")

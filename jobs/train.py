@@ -40,6 +40,7 @@ _FREE_KEYS = (
     "data.manifest",
     "data.cache",
     "data.cache_gb",
+    "data.keep_pixels",
     "data.num_threads",
     "train.checkpoint_every_steps",
     "train.chunk_size",

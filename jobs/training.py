@@ -230,6 +230,7 @@ class Training:
         return manifest
 
     def _loader(self, dataset: PairDataset) -> Loader:
+        keepers = {"never": None, "host": torch.device("cpu"), "device": self._device}
         return Loader(
             dataset,
             preprocess=self._config.preprocess,
@@ -239,6 +240,7 @@ class Training:
             seed=self._config.train.seed,
             num_threads=self._config.data.num_threads,
             cold_start_window=self._config.data.cold_start_window,
+            keep_on=keepers[self._config.data.keep_pixels],
         )
 
 
