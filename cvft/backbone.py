@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cvft.activation import activate, convolve, convolve_and_pool
 from cvft.config import BackboneConfig
-from cvft.noise import derive, drawn_noise, dropout
+from cvft.noise import derive, drawn_noise
 from cvft.ops import max_pool, pooled_size
 from cvft.tensor_files import require_same_tensors, shapes
 
@@ -85,17 +85,23 @@ class Trunk(nn.Module):
 
     def _run(self, features: Tensor, blocks: range, noise: Tensor | None) -> Tensor:
         for block in blocks:
-            if block > 0:
-                features = max_pool(features, self.config.pooling)
             is_noisy = self.training and self.config.dropout > 0 and block >= len(self._blocks) - _NUM_DROPOUT_BLOCKS
-            for name in self._blocks[block]:
-                features = self.features[name](features)
-                if name in self.norms:
-                    features = self.norms[name](features)
-                features = functional.relu(features, inplace=True)
-                if is_noisy and noise is not None:
-                    features = dropout(features, self.config.dropout, derive(noise, int(name)))
+            *inner, last = self._blocks[block]
+            for name in inner:
+                features = self._convolve(name, features, noise if is_noisy else None)
+            is_pooled = block < len(self._blocks) - 1
+            if is_pooled and not is_noisy and last not in self.norms:
+                features = convolve_and_pool(self.features[last], features, pooling=self.config.pooling)
+            else:
+                features = self._convolve(last, features, noise if is_noisy else None)
+                features = max_pool(features, self.config.pooling) if is_pooled else features
         return features
+
+    def _convolve(self, name: str, features: Tensor, noise: Tensor | None) -> Tensor:
+        options = {"probability": self.config.dropout, "noise": None if noise is None else derive(noise, int(name))}
+        if name in self.norms:
+            return activate(self.norms[name](self.features[name](features)), **options)
+        return convolve(self.features[name], features, **options)
 
     def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         yield from self.features[name].parameters()

@@ -58,14 +58,23 @@ def dropout(features: Tensor, probability: float, noise: Tensor) -> Tensor:
         probability: Below 1.
         noise: int32 [B].
     """
+    return torch.where(keep_mask(features, probability, noise), features * (1 / (1 - probability)), 0)
+
+
+def keep_mask(features: Tensor, probability: float, noise: Tensor) -> Tensor:
+    """Return bool [B, C, ...]: what `dropout` leaves."""
     channels, *sizes = features.shape[1:]
     # Counted with the channel fastest, so that the mask lies in memory as channels_last features do.
     position = torch.arange(channels * math.prod(sizes), dtype=torch.int32, device=features.device)
     position = position.view(*sizes, channels).movedim(-1, 0)[None]
     factor, summand = _mix(2 * position) | 1, _mix(2 * position + 1)
     value = torch.addcmul(summand, factor, noise.view(-1, *[1] * (features.ndim - 1)))
-    is_kept = value >= _signed(round(probability * _WORD) - _WORD // 2)
-    return torch.where(is_kept, features * (1 / (1 - probability)), 0)
+    return value >= keep_threshold(probability)
+
+
+def keep_threshold(probability: float) -> int:
+    """Return the int32 that a value's word must reach to stay."""
+    return _signed(round(probability * _WORD) - _WORD // 2)
 
 
 def _mix(words: Tensor) -> Tensor:

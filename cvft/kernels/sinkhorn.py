@@ -29,7 +29,7 @@ _BYTES_PER_WARP = 2048  # 16 numbers of float32 for each thread
 
 def find_obstacle(cost: Tensor) -> str | None:
     """Say why the fused solver cannot take costs [B, n, m], as the end of a sentence; None where it can."""
-    lacking = _lacking()
+    lacking = triton_obstacle()
     if lacking is not None:
         return lacking
     if not cost.is_cuda and not _device_code().IS_INTERPRETED:
@@ -122,7 +122,8 @@ def _scale(epsilon: float) -> tuple[float, float]:
 
 
 @functools.cache
-def _lacking() -> str | None:
+def triton_obstacle() -> str | None:
+    """Say why no kernel of Triton can run here, as the end of a sentence; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -62,15 +62,16 @@ def run_python(*arguments: str, tmp_path: Path, **environment: str) -> subproces
 @pytest.fixture
 def fresh_look():
     """What was found out about Triton is forgotten before and after the test."""
-    sinkhorn._lacking.cache_clear()
+    sinkhorn.triton_obstacle.cache_clear()
     yield
-    sinkhorn._lacking.cache_clear()
+    sinkhorn.triton_obstacle.cache_clear()
 
 
 @pytest.mark.slow
 @NEEDS_TRITON
-def test_the_fused_solver_passes_its_tests_in_tritons_interpreter(tmp_path):
-    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cvft/test_kernels_sinkhorn.py")
+def test_the_kernels_pass_their_tests_in_tritons_interpreter(tmp_path):
+    files = ("tests/cvft/test_kernels_sinkhorn.py", "tests/cvft/test_kernels_activation.py")
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     done = run_python(*arguments, tmp_path=tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
