@@ -31,7 +31,7 @@ check: $(VENV)/.developer  ## format, lint, types
 bench: $(VENV)/.developer bench-peers  ## speed and memory beside the peers; each script exits non-zero when it misses its target
 	@missed=0; for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || missed=1; done; exit $$missed
 
-bench-peers: .venv-peers/.installed  ## the loaders that ours is compared with, in an environment of their own
+bench-peers: .venv-peers/.installed  ## what ours is compared with, in an environment of its own
 
 test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
 	@.venv-tensorflow/bin/python -m pytest --noconftest tests/pipeline/test_official_import.py
@@ -68,6 +68,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy webdataset simplejpeg \
+		faiss-cpu scikit-learn \
 		opencv-python-headless pillow boto3 filelock requests tqdm xxhash \
 		lightning-utilities tifffile obstore 'transformers<5' catalogue Brotli python-snappy zstd
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps litdata==0.2.76 mosaicml-streaming==0.13.0
