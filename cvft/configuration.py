@@ -1,9 +1,10 @@
 """The one configuration system: plain data in, frozen dataclasses out, nothing silently ignored.
 
 Every configuration class is a frozen dataclass whose fields are annotated with `bool`, `int`, `float`, `str`,
-`Literal`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]` or another such dataclass. `parse` refuses unknown
-keys, wrong types and values that the class's own `__post_init__` rejects, and names each by its dotted key. It needs
-the standard library alone, because checkpoints carry configurations and must load where only torch is installed.
+`Literal`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `X | tuple[...]`, `dict[str, X]` or another such dataclass.
+`parse` refuses unknown keys, wrong types and values that the class's own `__post_init__` rejects, and names each by its
+dotted key. It needs the standard library alone, because checkpoints carry configurations and must load where only torch
+is installed.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _parse_value(annotation: Any, value: Any, *, name: str, root: type[Any], roo
     if _is_union(annotation):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = (item for item in arguments if item is not type(None))
+        inner = _member_for(value, [item for item in arguments if item is not type(None)])
         return _parse_value(inner, value, name=name, root=root, root_prefix=root_prefix)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _parse_dataclass(annotation, value, name=name, root=root, root_prefix=root_prefix)
@@ -149,6 +150,12 @@ def _parse_value(annotation: Any, value: Any, *, name: str, root: type[Any], roo
             for key, item in value.items()
         }
     return _parse_scalar(annotation, value, name)
+
+
+def _member_for(value: Any, members: list[Any]) -> Any:
+    """Return the member of a union that a value is meant for: of `X | tuple[...]` the tuple for a list."""
+    is_list = isinstance(value, list | tuple)
+    return next((item for item in members if (typing.get_origin(item) is tuple) == is_list), members[0])
 
 
 def _parse_literal(choices: tuple[Any, ...], value: Any, name: str) -> Any:

@@ -74,7 +74,8 @@ class TrainConfig:
         chunk_size: Pairs that a worker holds in memory at a time; the same gradients for one more forward pass. Null
             means all of its pairs.
         precision: `bfloat16` trains the trunks in it; all else, and every evaluation, is float32.
-        workers: Ray Train workers; 1 trains in this process without Ray.
+        workers: Ray Train workers; 1 trains in this process without Ray. A list `[min, max]` is elastic: as many as the
+            cluster has room for, fewer when nodes are lost and more when some are added.
         use_gpu: Give each worker a GPU.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
         early_stopping: Stop after so many evaluations in a row without a better R@1; null trains all epochs.
@@ -82,7 +83,11 @@ class TrainConfig:
         keep_last: Number of checkpoints that are kept besides the best by R@1.
         store_patience_s: Time that the checkpoints' store may be away before the training gives up; it goes on
             meanwhile.
-        max_failures: Times that a lost worker or node restarts the workers from the last checkpoint.
+        max_failures: Times that a lost worker or node restarts the workers from the last checkpoint. Nodes that say
+            beforehand that they go do not count.
+        preemption_check_every_steps: Ask whether a node has said that it goes each so many steps; the workers then save
+            at that very step and start again on the other nodes.
+        resize_after_s: Elastic training grows when there has been room for another worker for so long.
         loss: See `LossConfig`.
         optimizer: See `OptimizerConfig`.
         augment: See `AugmentConfig`.
@@ -93,7 +98,7 @@ class TrainConfig:
     batch_size: int = 32
     chunk_size: int | None = None
     precision: Precision = "float32"
-    workers: int = 2
+    workers: int | tuple[int, int] = 2
     use_gpu: bool = False
     evaluate_every: int = 1
     early_stopping: int | None = None
@@ -101,13 +106,15 @@ class TrainConfig:
     keep_last: int = 2
     store_patience_s: float = 600.0
     max_failures: int = 3
+    preemption_check_every_steps: int = 10
+    resize_after_s: float = 60.0
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: {self.seed} must not be negative")
-        for name in ("num_epochs", "workers", "evaluate_every", "keep_last"):
+        for name in ("num_epochs", "evaluate_every", "keep_last", "preemption_check_every_steps"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} must be at least 1")
         for name in ("early_stopping", "checkpoint_every_steps"):
             value = getattr(self, name)
@@ -116,9 +123,26 @@ class TrainConfig:
         require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
         chunk_size = self.chunk_size
         require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")
-        size, workers = self.batch_size, self.workers
-        require(size >= workers, f"batch_size: {size} leaves some of train.workers={workers} without any pair")
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        least, most, size = self.min_workers, self.max_workers, self.batch_size
+        require(least >= 1, f"workers: {least} must be at least 1")
+        is_range = isinstance(self.workers, int) or least < most
+        require(is_range, f"workers: [{least}, {most}] must rise from the least to the most workers")
+        require(size >= most, f"batch_size: {size} leaves some of train.workers={most} without a pair")
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")
+        require(self.resize_after_s >= 0, f"resize_after_s: {self.resize_after_s} must not be negative")
+
+    @property
+    def min_workers(self) -> int:
+        """The least workers to train with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers to train with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True, kw_only=True)

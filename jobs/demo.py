@@ -89,7 +89,7 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
     with contextlib.ExitStack() as rays:  # sharding and training share one Ray, begun when the first of them needs it
 
         def on_ray(work: Callable[[], Result]) -> Result:
-            rays.enter_context(ray_session(num_cpus=config.train.workers))
+            rays.enter_context(ray_session(num_cpus=config.train.max_workers))
             return work()
 
         sharded = stages.run("shard", raw, lambda: on_ray(lambda: _shard(out)))

@@ -43,6 +43,12 @@ def test_an_override_reaches_a_section_that_the_file_does_not_have(config_file):
         ("train.loss.gamma=-1", "train.loss.gamma: -1.0 must be positive"),
         ("train.loss.gamma=high", "train.loss.gamma: expected float, got 'high' (str)"),
         ("train.batch_size=1", "train.batch_size: 1 must be at least 2; a pair needs a negative"),
+        ("train.workers=33", "train.batch_size: 32 leaves some of train.workers=33 without a pair"),
+        ("train.workers=[1, 33]", "train.batch_size: 32 leaves some of train.workers=33 without a pair"),
+        ("train.workers=[2, 2]", "train.workers: [2, 2] must rise from the least to the most workers"),
+        ("train.workers=[0, 2]", "train.workers: 0 must be at least 1"),
+        ("train.workers=[1, 2, 4]", "train.workers: expected 2 values, got 3: [1, 2, 4]"),
+        ("train.workers=two", "train.workers: expected int, got 'two' (str)"),
         ("name.first=x", "name.first: name holds the value 'a', not a section"),
         ("train.loss.gamma", "'train.loss.gamma': an override is written dotted.key=value"),
         ("name=../up", "name: '../up' must be letters, digits, '.', '_' and '-': it names a folder"),
@@ -52,6 +58,13 @@ def test_a_bad_override_is_refused_in_one_line(config_file, override, message):
     with pytest.raises(ConfigError) as caught:
         load(str(config_file), [override])
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("text", "least", "most"), [("2", 2, 2), ("[1, 4]", 1, 4)])
+def test_workers_are_a_number_or_a_range_and_survive_being_stored(config_file, text, least, most):
+    config = load(str(config_file), [f"train.workers={text}"])
+    assert (config.train.min_workers, config.train.max_workers) == (least, most)
+    assert parse(ExperimentConfig, to_plain(config)) == config
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
