@@ -18,7 +18,7 @@ import torch
 from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.configuration import dotted_values, to_plain
 from cvft.errors import ClusterError, ConfigError
-from jobs import entry, worker
+from jobs import attempts, entry, worker
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig, load
 from jobs.progress import History
@@ -49,6 +49,10 @@ _FREE_KEYS = (
     "train.workers",
     "train.use_gpu",
     "train.max_failures",
+    "train.preemption_check_every_steps",
+    "train.resize_after_s",
+    "train.preemption_check_every_steps",
+    "train.resize_after_s",
     "tracking.uri",
     "tracking.registered_model",
     "tracking.alias",
@@ -79,9 +83,11 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     try:
         if _is_finished(config):
             entry.LOGGER.info("run %s is up to date: there is nothing left to train", config.name)
-        elif config.train.workers == 1:
+        elif config.train.max_workers == 1:
             device = torch.device("cuda" if config.train.use_gpu else "cpu")
-            worker.train(config, device=device, on_epoch=_recorder(run))
+            store = Store.from_uri(config.folder)
+            guard = attempts.claim(store, attempts.begin_attempt(store)).check
+            worker.train(config, device=device, on_epoch=_recorder(run), guard=guard)
         else:
             train_on_ray(config, run)
         result = _result(config, run)
@@ -128,7 +134,7 @@ def _check(config: ExperimentConfig, manifest: Manifest) -> None:
     for split in (config.data.train_split, config.data.eval_split):
         manifest.split(split)
     check_profile(config.preprocess, manifest.profile, where=manifest.uri)
-    if config.train.use_gpu and config.train.workers == 1 and not torch.cuda.is_available():
+    if config.train.use_gpu and config.train.max_workers == 1 and not torch.cuda.is_available():
         raise ClusterError("train.use_gpu: this machine has no GPU that torch can use; set train.use_gpu=false")
     backbone = config.model.backbone
     if backbone.weights is None and backbone.num_frozen_blocks:

@@ -1,0 +1,77 @@
+import threading
+from pathlib import PurePath
+
+import pytest
+
+from jobs import attempts, train
+from jobs.attempts import TakenOverError
+from pipeline.storage import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.from_uri(tmp_path / "run")
+
+
+def test_workers_may_write_until_another_group_or_another_driver_begins(store):
+    driver = attempts.begin_attempt(store)
+    first = attempts.claim(store, driver)
+    first.check()
+    second = attempts.claim(store, driver)
+    second.check()
+    with pytest.raises(TakenOverError, match=r"run: another `train` has taken this run over"):
+        first.check()
+    attempts.begin_attempt(store)
+    with pytest.raises(TakenOverError):
+        second.check()
+
+
+def test_orphans_of_a_killed_driver_cannot_claim_the_run_again(store):
+    killed = attempts.begin_attempt(store)
+    again = attempts.begin_attempt(store)
+    assert not attempts.is_current(store, killed)
+    with pytest.raises(TakenOverError):
+        attempts.claim(store, killed)
+    attempts.check_current(store, again)
+    attempts.claim(store, again).check()
+
+
+def test_a_run_whose_folder_was_deleted_is_nobodys(store):
+    mine = attempts.claim(store, attempts.begin_attempt(store))
+    store.delete(attempts.ATTEMPT_FILE)
+    with pytest.raises(TakenOverError):
+        mine.check()
+
+
+def test_of_groups_that_claim_at_once_exactly_one_holds_the_run(store):
+    driver = attempts.begin_attempt(store)
+    claims = []
+    threads = [threading.Thread(target=lambda: claims.append(attempts.claim(store, driver))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    def holds(claim):
+        try:
+            claim.check()
+        except TakenOverError:
+            return False
+        return True
+
+    assert [holds(claim) for claim in claims].count(True) == 1
+
+
+def test_a_training_that_another_driver_takes_over_publishes_nothing_more(tiny, monkeypatch):
+    config = tiny("train.num_epochs=4")
+    store = Store.from_uri(config.folder)
+
+    def take_over(metrics):
+        if metrics["epoch"] == 2:
+            attempts.begin_attempt(store)
+
+    monkeypatch.setattr(train, "_recorder", lambda run: take_over)
+    with pytest.raises(TakenOverError):
+        train.train(config)
+    steps = {int(path.parts[1].removeprefix("step-")) for path in map(PurePath, store.list("checkpoints"))}
+    assert max(steps) <= 6  # three steps an epoch
