@@ -1,4 +1,9 @@
-"""The training on Ray: one DDP process per worker, restarted from the newest checkpoint when one is lost."""
+"""The training on Ray: one DDP process per worker, restarted from the newest checkpoint when one is lost.
+
+A worker or a node that is lost without notice costs the steps since the last checkpoint and one of
+`train.max_failures`. Where a node says that it is about to go, and where an elastic training may grow, all workers save
+at that very step and return, and the driver starts them again: no step is lost and no failure is counted.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +13,23 @@ import os
 from typing import Any
 
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cvft.configuration import parse, to_plain
-from cvft.distributed import current_world
+from cvft.distributed import current_world, from_rank_0
 from cvft.errors import ClusterError, CvftError, TrainingError
-from jobs import worker
+from jobs import attempts, worker
 from jobs.cluster import ray_session
-from jobs.config import ExperimentConfig
-from jobs.entry import log_to_stderr
+from jobs.config import ExperimentConfig, TrainConfig
+from jobs.entry import LOGGER, log_to_stderr
+from jobs.leaving import ROOM, Leaving
 from jobs.progress import Metrics
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
 _USER_ERROR_FILE = "user_error.json"
+_NEVER_S = 1e9
 
 
 def train_on_ray(config: ExperimentConfig, run: Run) -> None:
@@ -29,65 +37,101 @@ def train_on_ray(config: ExperimentConfig, run: Run) -> None:
 
     Raises:
         ClusterError: A Ray started here has too few GPUs.
+        TakenOverError: The same run was started again elsewhere, and goes on there.
         TrainingError: A worker met an error that no restart can mend; the message is its own.
     """
-    resources = {"CPU": 1, "GPU": 1} if config.train.use_gpu else {"CPU": 1}
     store = Store.from_uri(config.folder)
     store.delete(_USER_ERROR_FILE)
-    filesystem, path = store.arrow
-    with ray_session(num_cpus=config.train.workers):
+    attempt = attempts.begin_attempt(store)
+    room_s = config.train.resize_after_s
+    if config.train.min_workers < config.train.max_workers:
+        # Ray's view of the cluster may be 20 s old: do not wait much longer for room on a node that is lost.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
+    with ray_session(num_cpus=config.train.max_workers):
         _require_gpus(config)
-        trainer = TorchTrainer(
-            _run_worker,
-            train_loop_config={"config": to_plain(config), "run": dataclasses.asdict(run)},
-            torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.train.workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            ),
-        )
         try:
-            trainer.fit()
+            while reason := _fit(config, {"run": dataclasses.asdict(run), "attempt": attempt, "room_s": room_s}):
+                LOGGER.info("starting the workers again from the checkpoint they left")
+                if reason == ROOM:
+                    room_s *= 2  # where there was none after all, it is tried ever more rarely
         except ray.train.TrainingFailedError:
-            _raise_user_error(store)
+            _raise_what_ended_it(store, attempt)
             raise
-    _raise_user_error(store)
+    _raise_what_ended_it(store, attempt)
+
+
+def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
+    """Train until it is over or the workers leave; return why they left, "" where it is over."""
+    filesystem, path = Store.from_uri(config.folder).arrow
+    train = config.train
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"config": to_plain(config), **settings},
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker=_resources(train),
+            elastic_resize_monitor_interval_s=_NEVER_S,  # the workers themselves look, see `jobs.leaving`
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    return str(trainer.fit().return_value)
+
+
+def _resources(train: TrainConfig) -> dict[str, float]:
+    return {"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1}
 
 
 def _require_gpus(config: ExperimentConfig) -> None:
     # A cluster may grow the GPUs it lacks; a Ray on this machine will not.
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.train.use_gpu and num_gpus < config.train.workers and not os.environ.get("RAY_ADDRESS"):
-        workers = config.train.workers
+    num_gpus, workers = int(ray.cluster_resources().get("GPU", 0)), config.train.min_workers
+    if config.train.use_gpu and num_gpus < workers and not os.environ.get("RAY_ADDRESS"):
         raise ClusterError(f"train.use_gpu: {workers} workers want a GPU each, this machine has {num_gpus}")
 
 
-def _raise_user_error(store: Store) -> None:
+def _raise_what_ended_it(store: Store, attempt: str) -> None:
+    attempts.check_current(store, attempt)
     if store.exists(_USER_ERROR_FILE):
         raise TrainingError(json.loads(store.read_bytes(_USER_ERROR_FILE))["message"])
 
 
-def _run_worker(settings: dict[str, Any]) -> None:
-    """Train as one Ray Train worker."""
+def _run_worker(settings: dict[str, Any]) -> str:
+    """Train as one Ray Train worker; return why it left, "" where the training is over."""
     log_to_stderr()
     config = parse(ExperimentConfig, settings["config"])
     run = Run(**settings["run"])
     store = Store.from_uri(config.folder)
-    if store.exists(_USER_ERROR_FILE):
-        return  # restarted after an error that no restart can mend; the driver raises it
+    is_first = current_world().rank == 0
+    if from_rank_0(lambda: store.exists(_USER_ERROR_FILE) or not attempts.is_current(store, settings["attempt"])):
+        return ""  # restarted after an error that no restart can mend; the driver raises it
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the worker's one CPU; the order of sums, and so the last bit, hangs on it
 
     def on_epoch(metrics: Metrics) -> None:
-        if current_world().rank == 0:
+        if is_first:
             run.log_metrics(metrics, step=int(metrics["step"]))
         ray.train.report(metrics)
 
+    leaving = Leaving(
+        every_steps=config.train.preemption_check_every_steps,
+        max_workers=config.train.max_workers,
+        resources=_resources(config.train),
+        room_s=settings["room_s"],
+    )
     try:
-        worker.train(config, device=ray.train.torch.get_device(), on_epoch=on_epoch)
-    except CvftError as error:
-        store.write_bytes(_USER_ERROR_FILE, json.dumps({"message": str(error)}).encode())
+        guard = attempts.claim(store, settings["attempt"]).check if is_first else None
+        is_over = worker.train(config, device=device, on_epoch=on_epoch, should_leave=leaving, guard=guard)
+    except attempts.TakenOverError:
         raise
+    except CvftError as error:
+        if attempts.is_current(store, settings["attempt"]):
+            store.write_bytes(_USER_ERROR_FILE, json.dumps({"message": str(error)}).encode())
+        raise
+    return "" if is_over else leaving.reason
