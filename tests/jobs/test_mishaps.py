@@ -1,0 +1,92 @@
+"""Trainings on Ray that lose a worker or a node, held against one that does not.
+
+`tests/bench/chaos_training.py` does so many times, on a cluster of several nodes, and kills drivers too.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.conftest import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+PREEMPTION = 2  # autoscaler.proto: DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+
+
+def alive_nodes(ray):
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def wait_until(condition, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def mishaps(ray_cluster):
+    from tests import mishaps  # noqa: PLC0415 (imports ray)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mishaps.ray_train, "_run_worker", mishaps.traced_worker)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+        yield mishaps
+
+
+@pytest.fixture(scope="module")
+def runs(mishaps, manifest_uri, tracking_uri, tmp_path_factory):
+    """Where the trainings are; the one named `undisturbed` is there."""
+    overrides = [f"data.manifest={manifest_uri}", f"tracking.uri={tracking_uri}", *TINY, "train.num_epochs=6"]
+    often = ["train.checkpoint_every_steps=4", "train.preemption_check_every_steps=1"]
+    runs = mishaps.Runs(tmp_path_factory.mktemp("runs"), [*overrides, *often])
+    mishaps.Training(runs, "undisturbed", 2).wait()
+    return runs
+
+
+@pytest.fixture
+def spot_node(ray_cluster):
+    """A second node with one CPU."""
+    ray = pytest.importorskip("ray")
+    before = alive_nodes(ray)
+    command = [Path(sys.executable).with_name("ray"), "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
+    address = f"--address={ray.get_runtime_context().gcs_address}"
+    process = subprocess.Popen([*command, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(alive_nodes(ray)) > len(before))
+    (node,) = alive_nodes(ray) - before
+    yield node
+    process.terminate()
+    process.wait()
+
+
+def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps, runs, spot_node):
+    import ray  # noqa: PLC0415
+    from ray._raylet import GcsClient  # noqa: PLC0415
+
+    class Holder:
+        def is_there(self):
+            return True
+
+    # One of the head's two CPUs is taken, so that one worker is on each node.
+    head = {"ray.io/node-id": f"!{spot_node}"}
+    holder = ray.remote(num_cpus=1)(Holder).options(label_selector=head).remote()
+    assert ray.get(holder.is_there.remote())
+    training = mishaps.Training(runs, "disturbed", 2, further=["train.max_failures=1"])
+    os.kill(training.wait_for_step(2)[1]["pid"], signal.SIGKILL)
+    assert spot_node in {line["node"] for line in training.wait_for_step(8)}
+    wasted_by_the_kill = runs.num_wasted("disturbed")
+    ray.kill(holder)
+    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    assert gcs.drain_node(spot_node, PREEMPTION, "spot", round(1000 * (time.time() + 60)))[0]
+    training.wait()
+    steps = [line for line in runs.steps("disturbed") if line["rank"] == 0]
+    assert len({line["pid"] for line in steps}) == 3
+    assert spot_node not in {line["node"] for line in runs.steps("disturbed")[-2:]}
+    assert runs.num_wasted("disturbed") == wasted_by_the_kill <= 4
+    assert mishaps.Final.of(runs, "disturbed").equals(mishaps.Final.of(runs, "undisturbed"))
