@@ -107,7 +107,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--manifest", help="train on these pairs instead of a town")
     data.add_argument("--pairs", type=int, default=800, help="pairs of the town, train and val together (default: 800)")
     parser.add_argument("--town-seed", type=int, default=0, help="another seed is another town")
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of the trainings, instead of the specification's")
+    parser.add_argument("--seeds", type=int, help="so many seeds, from 0 on, instead of the specification's")
     parser.add_argument("--processes", type=int, help="train in so many processes of this machine instead of on Ray")
     parser.add_argument("--threads", type=int, default=1, help="threads of each training (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to all variants: train.num_epochs=4")
@@ -115,8 +115,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     spec = load_ablation(arguments.spec)
-    if arguments.seeds:
-        spec = replace(spec, seeds=tuple(arguments.seeds))
+    if arguments.seeds is not None:
+        spec = replace(spec, seeds=tuple(range(arguments.seeds)))
     if arguments.threads < 1:
         raise ConfigError(f"--threads {arguments.threads}: at least 1 is needed")
     out = arguments.out.absolute()

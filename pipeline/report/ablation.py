@@ -25,7 +25,7 @@ def ablation_table(summaries: Sequence[VariantSummary], *, metric: str = "recall
         rows.append([summary.variant, *cells, _difference(summary, 2), summary.verdict])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = (
-        f"Mean and standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), per cent; "
+        f"Mean and standard deviation over the seeds {', '.join(map(str, seeds))}, per cent; "
         f"differences with their {CONFIDENCE:.0%} interval, paired by seed."
     )
     return "\n".join([*lines, "", note, ""])
