@@ -5,7 +5,7 @@ descriptors give the same bits whoever computes a block. Equal similarities are 
 are packed into one integer, of which no two are equal.
 
 Cost for N queries and references of D values, over W ranks: each multiplies 2 * N^2 * D / W times and holds, besides
-the descriptors, tensors of at most 8 * block * D + 30 * block^2 bytes (200 MB for block=2048, D=4096).
+the descriptors, tensors of at most 8 * block * D + 30 * block^2 bytes (65 MB for block=1024, D=4096).
 
 Shape letters: N queries, M references, D descriptor values, K references to find, Q and R rows of a block of queries
 and references.
@@ -27,7 +27,7 @@ _INDEX_BITS = 32
 _INDEX_MASK = 2**_INDEX_BITS - 1
 
 
-def most_similar(query: Tensor, reference: Tensor, *, k: int, device: torch.device, block: int = 2048) -> Tensor:
+def most_similar(query: Tensor, reference: Tensor, *, k: int, device: torch.device, block: int = 1024) -> Tensor:
     """Find the `k` references of the largest inner product with each query, sharing the work among the ranks.
 
     Args:
@@ -57,7 +57,7 @@ def most_similar(query: Tensor, reference: Tensor, *, k: int, device: torch.devi
 
 
 def share_rows(
-    num_rows: int, compute: Callable[[slice], Tensor], *, width: int, device: torch.device, block: int = 2048
+    num_rows: int, compute: Callable[[slice], Tensor], *, width: int, device: torch.device, block: int = 1024
 ) -> Tensor:
     """Let each rank compute some blocks of a table's rows and give all of them the whole table.
 

@@ -20,6 +20,7 @@ from cvft.augment import AugmentConfig
 from cvft.config import LossConfig, ModelConfig, OptimizerConfig, Precision, PreprocessConfig
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
+from pipeline.mining import SamplingConfig
 from pipeline.schema import TRAIN, VAL
 
 PRESETS = Path(__file__).parent / "configs"
@@ -91,6 +92,7 @@ class TrainConfig:
         loss: See `LossConfig`.
         optimizer: See `OptimizerConfig`.
         augment: See `AugmentConfig`.
+        sampling: See `SamplingConfig`.
     """
 
     seed: int = 0
@@ -111,6 +113,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed: {self.seed} must not be negative")

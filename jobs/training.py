@@ -11,7 +11,7 @@ import torch
 from cvft.augment import Augment
 from cvft.batch import Batch, prefetch
 from cvft.distributed import current_world, wrap_ddp
-from cvft.engine import DivergenceError, StepReport, embed, train_epoch
+from cvft.engine import Descriptors, DivergenceError, StepReport, embed, train_epoch
 from cvft.errors import TrainingError
 from cvft.loss import build_loss
 from cvft.model import build_model
@@ -26,6 +26,8 @@ from pipeline.dataset import PairDataset
 from pipeline.evaluation import Queries
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
+from pipeline.mining import HardNegatives, Places
+from pipeline.sampler import Indices
 from pipeline.storage import Store
 
 OnStep = Callable[[StepReport], None]
@@ -77,6 +79,8 @@ class Training:
         self.step = 0
         self.history = History()
         self.owners: dict[str, StateOwner] = {"curve": self._curve}
+        if self._hard_negatives is not None:
+            self.owners["neighbours"] = self._hard_negatives
         self._saver = Saver(
             config,
             model=self._model,
@@ -117,6 +121,8 @@ class Training:
         epoch, epoch_step = divmod(self.step, self._steps_per_epoch)
         if epoch_step == 0:
             self._curve.begin_epoch()
+        if self._hard_negatives is not None:
+            self._hard_negatives.prepare(epoch, lambda: self._embed(self._train_loader, self._train_set))
         batches = prefetch(self._train_loader.train_batches(epoch, epoch_step), self._device)
         self._eval_set.prefetch()  # its shards come after those of the epoch
         try:
@@ -144,12 +150,7 @@ class Training:
         """Measure recall and save, as on every rank; rank 0 writes."""
         epoch, first = self.step // self._steps_per_epoch, self.step - self._steps_per_epoch
         pairs_per_s = self._steps_per_epoch * self._config.train.batch_size / self._curve.seconds
-        found = embed(
-            self._model,
-            prefetch(self._eval_loader.eval_batches(), self._device),
-            preprocess=self._preprocess,
-            num_pairs=len(self._eval_set),
-        )
+        found = self._embed(self._eval_loader, self._eval_set)
         recalls = self._queries.rank(found, hit_distance_m=self._config.data.hit_distance_m).metrics()
         metrics = {
             "epoch": epoch,
@@ -206,6 +207,10 @@ class Training:
             if self._is_leaving:
                 return
 
+    def _embed(self, loader: Loader, dataset: PairDataset) -> Descriptors:
+        batches = prefetch(loader.eval_batches(), self._device)
+        return embed(self._model, batches, preprocess=self._preprocess, num_pairs=len(dataset))
+
     def _save(self, metrics: Metrics | None = None) -> None:
         steps = self._steps_per_epoch
         self._saver.save(step=self.step, steps_per_epoch=steps, history=self.history, metrics=metrics or {})
@@ -223,13 +228,15 @@ class Training:
         manifest = Manifest.load(data.manifest)
         self._cache = _open_cache(data, manifest)
         self._train_set = PairDataset(manifest, data.train_split, cache=self._cache)
-        self._train_loader = self._loader(self._train_set)
+        self._hard_negatives = _hard_negatives(self._config, manifest, self._device)
+        order = None if self._hard_negatives is None else self._hard_negatives.order
+        self._train_loader = self._loader(self._train_set, order=order)
         self._eval_set = PairDataset(manifest, data.eval_split, cache=self._cache)
         self._eval_loader = self._loader(self._eval_set)
         self._queries = Queries.of_split(manifest, data.eval_split, train_split=data.train_split)
         return manifest
 
-    def _loader(self, dataset: PairDataset) -> Loader:
+    def _loader(self, dataset: PairDataset, order: Callable[[int], Indices] | None = None) -> Loader:
         keepers = {"never": None, "host": torch.device("cpu"), "device": self._device}
         return Loader(
             dataset,
@@ -241,7 +248,21 @@ class Training:
             num_threads=self._config.data.num_threads,
             cold_start_window=self._config.data.cold_start_window,
             keep_on=keepers[self._config.data.keep_pixels],
+            order=order,
         )
+
+
+def _hard_negatives(config: ExperimentConfig, manifest: Manifest, device: torch.device) -> HardNegatives | None:
+    train, sampling = config.train, config.train.sampling
+    if sampling.kind == "random":
+        return None
+    places = Places.of_split(
+        manifest,
+        config.data.train_split,
+        min_distance_m=sampling.min_distance_m,
+        mask_distance_m=train.loss.mask_distance_m,
+    )
+    return HardNegatives(sampling, places, batch_size=train.batch_size, seed=train.seed, device=device)
 
 
 def _open_cache(data: DataConfig, manifest: Manifest) -> ShardCache:

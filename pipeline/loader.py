@@ -6,7 +6,7 @@ the step is `pipeline.decoding`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -40,6 +40,7 @@ class Loader:
         num_threads: int = 2,
         cold_start_window: int | None = None,
         keep_on: torch.device | None = None,
+        order: Callable[[int], sampler.Indices] | None = None,
     ) -> None:
         """Prepare to load.
 
@@ -54,6 +55,8 @@ class Loader:
             cold_start_window: Number of shards that the first epoch mixes at a time, so that training begins before all
                 are fetched; none mixes all pairs from the first epoch on.
             keep_on: Device whose memory keeps the split's pixels once they are decoded; none decodes them every time.
+            order: Gives the order of a training epoch, int64 [N], such as `HardNegatives.order`; none mixes all pairs.
+                A first epoch with a `cold_start_window` is not asked for.
 
         Raises:
             ConfigError: The global batch has fewer pairs than there are ranks, there are no threads, the decode profile
@@ -67,6 +70,7 @@ class Loader:
         self._world_size = world_size
         self._seed = seed
         self._cold_start_window = cold_start_window
+        self._order = order
         size = sampler.rank_size(batch_size, world_rank=world_rank, world_size=world_size)
         decoder = Decoder(dataset, preprocess=preprocess, size=size, num_global=batch_size, num_threads=num_threads)
         self._decoder: Decoder | KeptPixels = decoder
@@ -97,6 +101,8 @@ class Loader:
             return sampler.cold_permutation(
                 self._dataset.shards, window=self._cold_start_window, seed=self._seed, epoch=epoch
             )
+        if self._order is not None:
+            return self._order(epoch)
         return sampler.epoch_permutation(len(self._dataset), seed=self._seed, epoch=epoch)
 
     def eval_batches(self) -> Iterator[Batch]:

@@ -183,6 +183,18 @@ def test_first_epoch_over_cold_shards_uses_them_up_in_windows_on_any_number_of_r
     assert_same([joined([batches[1]])], [joined(list(parts)) for parts in zip(*ranks, strict=True)])
 
 
+def test_an_order_of_ones_own_is_followed_on_any_number_of_ranks_and_from_any_step(dataset):
+    def order(epoch):
+        return np.roll(np.arange(11), epoch)
+
+    alone = epoch(dataset, batch_size=2, order=order)
+    assert torch.cat([batch["index"] for batch in alone]).tolist() == order(3)[:10].tolist()
+    assert_same(alone[2:], epoch(dataset, batch_size=2, order=order, world_size=2, first_step=2))
+    cold = loader(dataset, order=order, cold_start_window=1)
+    assert cold.epoch_order(0).tolist() != order(0).tolist()
+    assert cold.epoch_order(1).tolist() == order(1).tolist()
+
+
 def with_profile(dataset: PairDataset, profile: ShardProfile) -> PairDataset:
     dataset.manifest.profile = profile
     return dataset
