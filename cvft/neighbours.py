@@ -89,7 +89,8 @@ def _search(queries: Tensor, reference: Tensor, *, k: int, block: int) -> Tensor
         similarity = queries @ reference[part].to(queries.device).T
         keys = torch.cat([best, _keys(similarity, first=part.start)], dim=1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return _INDEX_MASK - (best & _INDEX_MASK)
+    index: Tensor = _INDEX_MASK - (best & _INDEX_MASK)
+    return index
 
 
 def _keys(similarity: Tensor, *, first: int) -> Tensor:
@@ -100,4 +101,5 @@ def _keys(similarity: Tensor, *, first: int) -> Tensor:
     bits = (similarity + 0.0).view(torch.int32)  # the sum makes zeros of either sign the same
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     index = torch.arange(first, first + similarity.shape[1], device=similarity.device)
-    return (ordered.long() << _INDEX_BITS) | (_INDEX_MASK - index)
+    keys: Tensor = (ordered.long() << _INDEX_BITS) | (_INDEX_MASK - index)
+    return keys

@@ -245,12 +245,14 @@ class HardNegatives:
         """
         if self._config.made_in(epoch) == self._made_in:
             return
-        options = {"pool_size": self._config.pool_size, "device": self._device}
+        pool_size, device = self._config.pool_size, self._device
         if self._config.is_mined(epoch):
             found = embed()
-            pools = pools_by_descriptor(self._places, ground=found.ground, aerial=found.aerial, **options)
+            pools = pools_by_descriptor(
+                self._places, ground=found.ground, aerial=found.aerial, pool_size=pool_size, device=device
+            )
         else:
-            pools = pools_by_distance(self._places, **options)
+            pools = pools_by_distance(self._places, pool_size=pool_size, device=device)
         self._pools, self._made_in = pools.numpy(), self._config.made_in(epoch)
         if current_world().rank == 0:
             self._log(epoch)
