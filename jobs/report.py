@@ -41,7 +41,7 @@ def write_report(
     def images(row: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         ground, aerial = found.dataset.read(row)
         rows_px = found.dataset.ground_rows_px[row]  # as the network saw it: plans are drawn over it
-        return thumbnail(ground, 2 * _IMAGE_PX, rows_px=rows_px), thumbnail(aerial, _IMAGE_PX)
+        return thumbnail(ground, 2 * _IMAGE_PX, rows_px=rows_px), _unrolled(found, thumbnail(aerial, _IMAGE_PX))
 
     return build_report(
         out,
@@ -62,6 +62,15 @@ def write_report(
         },
         num_examples=num_examples,
     )
+
+
+def _unrolled(found: Evaluation, aerial: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return an aerial image as the network sees it, which may unroll it first."""
+    if found.model.polar is None:
+        return aerial
+    planes = torch.from_numpy(aerial).to(found.device).permute(2, 0, 1)[None].float()
+    pixels: npt.NDArray[np.uint8] = found.model.polar(planes)[0].permute(1, 2, 0).round().byte().cpu().numpy()
+    return pixels
 
 
 def summarise(manifest: Manifest) -> DataSummary:
