@@ -11,6 +11,7 @@ Shape letters: B pairs, H rows, W columns, 3 channels in RGB order.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from cvft.augment_pixels import (
     turn_aerial,
     turn_panorama,
 )
+from cvft.batch import Batch
 from cvft.config import PreprocessConfig
 from cvft.configuration import require
-from cvft.noise import derive, dropout
+from cvft.noise import derive, dropout, pair_noise
 
 _CELLS_PER_HEIGHT = 8  # of those that `erase` blanks
 _ERASED_SHARE = 0.25
@@ -162,6 +164,11 @@ class Augment:
                 first_px = (width - num_px) // 2
             ground = keep_columns(ground, first_px=first_px, num_px=num_px, fill=self._fill_on(ground))
         return self._erased(ground, derive(noise, _GROUND)), self._erased(aerial, derive(noise, _AERIAL))
+
+    def of_batch(self, batch: Batch, *, seed: int, step: int) -> Batch:
+        """Return a batch with its views changed as (seed, step, pair) decide."""
+        ground, aerial = self(batch.ground, batch.aerial, pair_noise(batch.index, seed=seed, step=step))
+        return dataclasses.replace(batch, ground=ground, aerial=aerial)
 
     def _turned(self, ground: Tensor, aerial: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return both views and the column that is drawn for the camera's heading, int64 [B]."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cvft.augment import AugmentConfig
 from cvft.errors import ConfigError
 from jobs import entry
 from jobs.config import read_overrides
@@ -17,6 +18,10 @@ from pipeline.evaluation import Evaluation, evaluate_checkpoint
 from pipeline.report.charts import RECALLS
 
 _HIT_DISTANCE_HELP = "also report recall with any reference nearer than M metres as right (5 for CVACT_test)"
+
+_FOV_HELP = (
+    "keep so much of each panorama, blank the rest; at drawn bearings, or in the middle if orientation is unknown"
+)
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,11 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hit-distance", type=float, metavar="M", help=_HIT_DISTANCE_HELP)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs embedded at a time")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
+    parser.add_argument("--fov", type=float, default=360.0, metavar="DEG", help=_FOV_HELP)
+    parser.add_argument(
+        "--unknown-orientation", action="store_true", help="roll each panorama by any number of columns"
+    )
+    parser.add_argument("--view-seed", type=int, default=0, help="draws the two of these, pair by pair (default: 0)")
     parser.add_argument("--allow-other-preprocess", action="store_true", help="accept other input than trained with")
     parser.add_argument("overrides", nargs="*", metavar="preprocess.key=value", help="change the input preparation")
 
@@ -48,6 +58,10 @@ def run(arguments: argparse.Namespace) -> Evaluation:
         hit_distance_m=arguments.hit_distance,
         preprocess_changes=changes,
         allow_other_preprocess=arguments.allow_other_preprocess,
+        view=AugmentConfig(
+            fov_deg=(arguments.fov, arguments.fov), is_orientation_unknown=arguments.unknown_orientation
+        ),
+        view_seed=arguments.view_seed,
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
     )
@@ -68,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         "digest": found.dataset.manifest.digest,
         "split": arguments.split,
         "train_split": arguments.train_split,
+        "fov_deg": arguments.fov,
+        "is_orientation_unknown": arguments.unknown_orientation,
     }
 
 

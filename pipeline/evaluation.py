@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cvft.augment import Augment, AugmentConfig
 from cvft.batch import Batch, prefetch
 from cvft.checkpoint import CheckpointInfo, load_model, read_info
 from cvft.config import PreprocessConfig
@@ -174,6 +175,8 @@ def evaluate_checkpoint(
     hit_distance_m: float | None = None,
     preprocess_changes: dict[str, Any] | None = None,
     allow_other_preprocess: bool = False,
+    view: AugmentConfig | None = None,
+    view_seed: int = 0,
     batch_size: int = 32,
     num_threads: int = 2,
     cache: Path | None = None,
@@ -188,6 +191,8 @@ def evaluate_checkpoint(
         hit_distance_m: Also rank with every reference nearer than this as a true one (CVACT_test: 5 m).
         preprocess_changes: Fields of the checkpoint's `PreprocessConfig` to change; refused unless allowed.
         allow_other_preprocess: Accept input prepared otherwise than in training.
+        view: Changes the pixels first: a limited field of view, an unknown orientation; none leaves them as they are.
+        view_seed: What `view` draws is a function of this and the pair, the same in every evaluation.
         batch_size: Pairs embedded at a time.
         num_threads: Decoding threads.
         cache: Folder beside which copies of remote checkpoints are kept; shards of a remote store are not copied.
@@ -202,8 +207,7 @@ def evaluate_checkpoint(
     require(hit_distance_m is None or hit_distance_m > 0, f"hit_distance_m: {hit_distance_m} must be positive")
     directory = fetch(checkpoint, cache=(cache or default_cache()).parent)
     trained_with = read_info(directory).preprocess
-    changed = {**to_plain(trained_with), **(preprocess_changes or {})}
-    preprocess = parse(PreprocessConfig, changed, prefix="preprocess")
+    preprocess = parse(PreprocessConfig, {**to_plain(trained_with), **(preprocess_changes or {})}, prefix="preprocess")
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
     require_positions(dataset, split, hit_distance_m=hit_distance_m)
@@ -211,7 +215,8 @@ def evaluate_checkpoint(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     batches = _batches(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
-    found = embed(model, prefetch(batches, device), preprocess=Preprocess(preprocess), num_pairs=len(dataset))
+    seen = _changed(prefetch(batches, device), Augment(view or AugmentConfig(), preprocess), seed=view_seed)
+    found = embed(model, seen, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
     return Evaluation(
         model=model,
         info=info,
@@ -221,6 +226,10 @@ def evaluate_checkpoint(
         ranks=queries.rank(found, hit_distance_m=hit_distance_m),
         device=device,
     )
+
+
+def _changed(batches: Iterable[Batch], augment: Augment, *, seed: int) -> Iterator[Batch]:
+    return (augment.of_batch(batch, seed=seed, step=0) for batch in batches)
 
 
 def _batches(

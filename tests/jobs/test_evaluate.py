@@ -91,3 +91,29 @@ def test_distance_without_positions_is_refused_before_anything_is_embedded(
     arguments = ["--checkpoint", checkpoint, "--manifest", make_manifest(nowhere), "--hit-distance", "5"]
     assert entry.main(evaluate.JOB, arguments) == 2
     assert "split 'val': no pair has a position" in capfd.readouterr().err
+
+
+def test_a_limited_view_changes_the_queries_alone_and_is_the_same_in_any_batches(
+    checkpoint, manifest_uri, monkeypatch, capfd
+):
+    seen, embed = [], evaluation.embed
+
+    def watched(*arguments, **options):
+        seen.append(embed(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(evaluation, "embed", watched)
+    view = ["--fov", "90", "--unknown-orientation"]
+    found = measure(checkpoint, manifest_uri, *view)
+    assert (found["fov_deg"], found["is_orientation_unknown"]) == (90.0, True)
+    measure(checkpoint, manifest_uri, *view, "--batch-size", "3")
+    measure(checkpoint, manifest_uri, *view, "--view-seed", "1")
+    measure(checkpoint, manifest_uri)
+    limited, in_other_batches, otherwise, whole = seen
+    torch.testing.assert_close(in_other_batches.ground, limited.ground, rtol=0, atol=1e-6)
+    for other in (otherwise, whole):
+        assert ((other.ground - limited.ground).abs().amax(1) > 1e-3).all()
+        assert torch.equal(other.aerial, limited.aerial)
+    arguments = ["--checkpoint", checkpoint, "--manifest", manifest_uri, "--fov", "400"]
+    assert entry.main(evaluate.JOB, arguments) == 2
+    assert "fov_deg: [400.0, 400.0] must be" in capfd.readouterr().err
