@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cvft.errors import ConfigError
@@ -46,6 +46,7 @@ def can_be_filled(place: np.ndarray, batch_size: int) -> bool:
     return int(np.minimum(np.bincount(place), num_batches).sum()) >= num_batches * batch_size
 
 
+@settings(deadline=None)
 @given(split=splits(), seed=st.integers(0, 2**63), num_hard=st.integers(1, 12))
 def test_every_pair_comes_once_and_no_batch_has_a_place_twice_whenever_that_can_be_done(split, seed, num_hard):
     table, place, batch_size = split
@@ -63,6 +64,7 @@ def test_every_pair_comes_once_and_no_batch_has_a_place_twice_whenever_that_can_
     assert len(dropped_tail(order, batch_size=batch_size)) < batch_size
 
 
+@settings(deadline=None)
 @given(split=splits(), epoch=st.integers(0, 100))
 def test_the_tail_is_that_of_the_random_order_where_places_do_not_forbid_it(split, epoch):
     table, _, batch_size = split
@@ -82,6 +84,7 @@ def test_the_order_is_fixed_for_good():
     assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == "6e71c1a70896756a"
 
 
+@settings(deadline=None)
 @given(split=splits())
 def test_orders_differ_by_seed_and_epoch(split):
     table, _, batch_size = split
@@ -137,6 +140,7 @@ def test_hard_and_easy_batches_are_mixed_over_the_epoch():
     assert halves[0] == pytest.approx(halves[1], rel=0.15)
 
 
+@settings(deadline=None)
 @given(world_size=st.sampled_from([1, 2, 4, 8]), first_step=st.integers(0, 5))
 def test_ranks_share_the_batches_of_one_process_and_a_resumed_epoch_goes_on_with_them(world_size, first_step):
     order = order_of(ring(50, 6))
