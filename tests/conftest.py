@@ -5,6 +5,7 @@ Ray and boto3 are imported by the fixtures, so that the tests of `cvft` run wher
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import socket
@@ -20,6 +21,15 @@ import pytest
 pytest.register_assert_rewrite("tests.store_contract")
 
 _BUCKETS = itertools.count()
+
+
+def pytest_configure() -> None:
+    """Hypothesis fails an example that takes longer than 0.2 s by itself: on a busy machine any does."""
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import HealthCheck, settings  # noqa: PLC0415
+
+        settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
