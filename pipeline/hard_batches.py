@@ -126,7 +126,8 @@ class _Filler:
             ) * _ODD  # the xor alone would keep neighbours in lots together
             pool = np.concatenate([pool[:num_nearest], rest[np.argsort(lots, kind="stable")[: room - num_nearest]]])
         self._take(pool, number)
-        return pool.tolist()
+        rows: list[int] = pool.tolist()
+        return rows
 
     def _take(self, rows: npt.NDArray[np.integer], number: int) -> None:
         self._is_free[rows] = False
