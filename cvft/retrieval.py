@@ -32,6 +32,8 @@ from cvft.precision import full_precision
 
 OnePercent = Literal["cvft", "floor"]
 _CHUNK = 256  # rows that are held in float64 at a time
+_NUM_PAIRS = 64  # single pairs at a time: in float64 they still fit a core's cache
+_NUM_RUNS = 16  # of a block's columns, among which the best are looked for first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def rank_matches(
     longest = reference.norm(dim=1).max()
     with full_precision(query.device), torch.no_grad():
         for rows in row_slices(len(query), block):
-            matches = partial(_matches, rows, target=target, hits=hits)
+            matches = partial(_matches, rows, target=target[rows], hits=hits)
             parts.append(
                 _rank_block(query[rows], reference, matches=matches, longest=longest, num_top=num_top, block=block)
             )
@@ -167,7 +169,13 @@ def rank_matches(
 
 
 def _rank_block(
-    queries: Tensor, reference: Tensor, *, matches: Callable[[slice], Tensor], longest: Tensor, num_top: int, block: int
+    queries: Tensor,
+    reference: Tensor,
+    *,
+    matches: Callable[[slice], tuple[Tensor, Tensor]],
+    longest: Tensor,
+    num_top: int,
+    block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return match rank [Q], exact score [Q], top indices [Q, T] and top scores [Q, T] of a block of queries."""
     parts = row_slices(len(reference), block)
@@ -177,30 +185,32 @@ def _rank_block(
     size = queries.norm(dim=1) * longest
     doubt = size * (2 * queries.shape[1] ** 0.5 * 2.0**-24)
     floor = score - size.double() * (queries.shape[1] * 2.0**-52)
+    low, high = ((score.float() + sign * doubt)[:, None] for sign in (-1, 1))
     rank = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     top = (queries.new_empty(len(queries), 0), rank.new_empty(len(queries), 0))
     for part in parts:
         similarity = queries @ reference[part].T
         top = _merge_top(top, similarity, first=part.start, num_top=num_top)
-        margin = similarity.sub_(score.float()[:, None]).masked_fill_(matches(part), -torch.inf)
-        rank += (margin > doubt[:, None]).sum(dim=1)
-        is_doubtful = margin.abs_() <= doubt[:, None]
-        rank += _count_rivals(queries, reference[part], is_doubtful=is_doubtful, floor=floor)
+        similarity[matches(part)] = -torch.inf
+        is_near = similarity >= low
+        rank += is_near.view(torch.uint8).sum(dim=1, dtype=torch.int32)  # the doubtful ones too; three times faster
+        is_doubtful = is_near.logical_and_(similarity <= high)
+        rank -= _count_less(queries, reference[part], is_doubtful=is_doubtful, floor=floor)
     return rank, score, top[1], top[0]
 
 
-def _count_rivals(queries: Tensor, references: Tensor, *, is_doubtful: Tensor, floor: Tensor) -> Tensor:
-    """Count for each query [Q] the doubtful references whose float64 similarity is at least `floor` [Q]."""
-    if is_doubtful.sum() <= len(queries):
+def _count_less(queries: Tensor, references: Tensor, *, is_doubtful: Tensor, floor: Tensor) -> Tensor:
+    """Count for each query [Q] the doubtful references whose float64 similarity is less than `floor` [Q]."""
+    if torch.count_nonzero(is_doubtful) <= len(queries):
         rows, columns = is_doubtful.nonzero(as_tuple=True)
-        is_rival = _exact_similarity(queries, references, rows=rows, columns=columns) >= floor[rows]
-        return torch.bincount(rows[is_rival], minlength=len(queries))
+        is_less = _exact_similarity(queries, references, rows=rows, columns=columns) < floor[rows]
+        return torch.bincount(rows[is_less], minlength=len(queries))
     # So many that a whole product costs less than one by one: the model has all but collapsed.
     exact_references = references.double().T
     counts = []
     for part in row_slices(len(queries), _CHUNK):
         exact = queries[part].double() @ exact_references
-        counts.append(((exact >= floor[part, None]) & is_doubtful[part]).sum(dim=1))
+        counts.append(((exact < floor[part, None]) & is_doubtful[part]).sum(dim=1))
     return torch.cat(counts)
 
 
@@ -208,40 +218,57 @@ def _exact_similarity(queries: Tensor, references: Tensor, *, rows: Tensor, colu
     """Return the float64 similarities [P] of P single pairs."""
     products = [
         queries[rows[pairs]].double().mul_(references[columns[pairs]]).sum(dim=1)
-        for pairs in row_slices(len(rows), _CHUNK)
+        for pairs in row_slices(len(rows), _NUM_PAIRS)
     ]
     return torch.cat([queries.new_empty(0, dtype=torch.float64), *products])
 
 
 def _merge_top(top: tuple[Tensor, Tensor], similarity: Tensor, *, first: int, num_top: int) -> tuple[Tensor, Tensor]:
     """Merge the best scores and indices [Q, T] so far with a block's similarities [Q, R], which start at `first`."""
-    scores, columns = similarity.topk(min(num_top, similarity.shape[1]), dim=1)
+    scores, columns = _top(similarity, min(num_top, similarity.shape[1]))
     scores, indices = torch.cat([top[0], scores], dim=1), torch.cat([top[1], columns + first], dim=1)
     scores, order = scores.topk(min(num_top, scores.shape[1]), dim=1)
     return scores, indices.gather(1, order)
 
 
+def _top(similarity: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+    """Do what `similarity.topk` does, in one fast pass: no more columns can matter than those of the best maxima."""
+    num_rows, num_columns = similarity.shape
+    width = num_columns // _NUM_RUNS
+    if num_columns % _NUM_RUNS or width <= num_top:
+        scores, columns = similarity.topk(num_top, dim=1)
+        return scores, columns
+    best = similarity.view(num_rows, _NUM_RUNS, width).amax(dim=1).topk(num_top, dim=1).indices
+    runs = torch.arange(0, num_columns, width, device=similarity.device)
+    candidates = (best[:, :, None] + runs).flatten(1)
+    scores, places = similarity.gather(1, candidates).topk(num_top, dim=1)
+    return scores, candidates.gather(1, places)
+
+
 def _best_match(
-    queries: Tensor, reference: Tensor, *, matches: Callable[[slice], Tensor], parts: list[slice]
+    queries: Tensor, reference: Tensor, *, matches: Callable[[slice], tuple[Tensor, Tensor]], parts: list[slice]
 ) -> Tensor:
     """Return the float64 similarity [Q] of each query's true reference, or of the best of several."""
     best = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=queries.device)
     for part in parts:
-        rows, columns = matches(part).nonzero(as_tuple=True)
+        rows, columns = matches(part)
         exact = _exact_similarity(queries, reference[part], rows=rows, columns=columns)
         best.scatter_reduce_(0, rows, exact, "amax")
     return best
 
 
-def _matches(rows: slice, part: slice, *, target: Tensor, hits: HitDistance | None) -> Tensor:
-    """Return bool [Q, R]: which references of `part` are true for which queries of `rows`."""
-    is_match = target[rows, None] == torch.arange(part.start, part.stop, device=target.device)
-    if hits is not None:
-        query_m = hits.query_location_m[rows].to(target.device)
-        reference_m = hits.reference_location_m[part].to(target.device)
-        squared = (query_m[:, None] - reference_m[None, :]).square().sum(dim=-1)
-        is_match |= squared < hits.distance_m**2  # false for NaN
-    return is_match
+def _matches(rows: slice, part: slice, *, target: Tensor, hits: HitDistance | None) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the true references within `part`, for queries of `rows` with their own `target`s."""
+    if hits is None:
+        (inside,) = ((target >= part.start) & (target < part.stop)).nonzero(as_tuple=True)
+        return inside, target[inside] - part.start
+    is_match = target[:, None] == torch.arange(part.start, part.stop, device=target.device)
+    query_m = hits.query_location_m[rows].to(target.device)
+    reference_m = hits.reference_location_m[part].to(target.device)
+    squared = (query_m[:, None] - reference_m[None, :]).square().sum(dim=-1)
+    is_match |= squared < hits.distance_m**2  # false for NaN
+    found, columns = is_match.nonzero(as_tuple=True)
+    return found, columns
 
 
 def row_slices(length: int, step: int) -> list[slice]:
@@ -261,6 +288,8 @@ def require_finite(role: str, descriptors: Tensor) -> None:
     """
     if len(descriptors) == 0:
         raise TrainingError(f"there is no {role} descriptor to rank; the split is empty")
+    if torch.linalg.vector_norm(descriptors, dim=1).isfinite().all():
+        return  # nothing that is not finite is in a finite sum of squares; one fast pass, and nearly always the answer
     is_finite = torch.cat([descriptors[rows].isfinite().all(dim=1) for rows in row_slices(len(descriptors), _CHUNK)])
     if not is_finite.all():
         bad = (~is_finite).nonzero()[:, 0].tolist()
