@@ -28,6 +28,7 @@ from blake3 import blake3
 from cvft.errors import ConfigError, ShardError, StoreError
 from pipeline.background import BackgroundThreads
 from pipeline.manifest import ShardInfo
+from pipeline.patience import patiently
 from pipeline.storage import Store
 
 _COPY_BYTES = 8 * 1024 * 1024
@@ -84,11 +85,18 @@ class ShardCache:
         stats: Counts since this object was made.
     """
 
-    def __init__(self, folder: Path | None = None, *, limit_bytes: int | None = None) -> None:
-        """Use `folder` (none: `default_cache()`), which may grow to `limit_bytes` (none: as far as the disk goes)."""
+    def __init__(self, folder: Path | None = None, *, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:
+        """Prepare to keep shards.
+
+        Args:
+            folder: Where; none is `default_cache()`.
+            limit_bytes: What it may grow to; none is as far as the disk goes.
+            patience_s: How long a store may be away while a shard is fetched, see `patiently`.
+        """
         self.stats = CacheStats()
         self._folder = folder or default_cache()
         self._limit_bytes = limit_bytes
+        self._patience_s = patience_s
         self._claimed: dict[str, int] = {}
         self._counting = threading.Lock()
         self._threads = BackgroundThreads(_NUM_FETCHES, name="fetch")
@@ -117,7 +125,7 @@ class ShardCache:
         has_fetched = False
         try:
             while (mapped := self._map(store, shard)) is None:
-                has_fetched |= self._fetch(store, shard)
+                has_fetched |= patiently(lambda: self._fetch(store, shard), patience_s=self._patience_s)
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(f"{self._folder}: cannot keep {shard.name} in this cache: {reason}") from error

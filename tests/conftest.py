@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cutting_proxy import CuttingProxy
+
 pytest.register_assert_rewrite("tests.store_contract")
 
 _BUCKETS = itertools.count()
@@ -101,6 +103,17 @@ def s3_uri(_s3_server: None) -> str:
     bucket = f"bucket-{next(_BUCKETS)}"
     pytest.importorskip("boto3").client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/data"
+
+
+@pytest.fixture
+def s3_proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[CuttingProxy]:
+    """The S3 server behind a network that can break; nobody waits long before trying again."""
+    proxy = CuttingProxy(s3_port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("pipeline.patience.FIRST_PAUSE_S", 0.05)
+    yield proxy
+    proxy.close()
 
 
 def _is_open(port: int) -> bool:

@@ -32,6 +32,17 @@ class CuttingProxy:
             self._direction, self._after_bytes, self._left_bytes = direction, after_bytes, after_bytes
             self._with_reset, self.cuts_left = with_reset, times
 
+    def go_away(self) -> None:
+        """Break what is connected at its next word and refuse new connections."""
+        self.cut("to_server", times=1_000_000)
+        self.close()
+
+    def come_back(self) -> None:
+        """Serve again, at the same port."""
+        self.cut("to_client", times=0)
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
     def close(self) -> None:
         # A listener that is merely closed stays open while another thread waits in accept.
         with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from cvft.errors import ConfigError, ShardError, StoreError
+from cvft.errors import ConfigError, ShardError, StoreError, StoreUnavailableError
 from pipeline.cache import ShardCache
 from pipeline.manifest import ShardInfo
 from pipeline.storage import Store
@@ -269,3 +269,18 @@ def test_place_that_is_no_folder_is_one_line(store, shards, folder):
         StoreError, match=r"cache: cannot keep shards/0.tar in this cache: (File exists|Not a directory)"
     ):
         ShardCache(folder).open(store, shards[0])
+
+
+@pytest.mark.objectstore
+def test_shard_is_waited_for_while_its_store_is_away(s3_uri, s3_proxy, folder, caplog):
+    store, data = Store.from_uri(s3_uri), bytes(NUM_BYTES)
+    store.write_bytes("shards/0.tar", data)
+    shard = ShardInfo(name="shards/0.tar", num_bytes=NUM_BYTES, blake3=blake3(data).hexdigest(), num_pairs=1)
+    s3_proxy.go_away()
+    with pytest.raises(StoreUnavailableError, match="the server cannot be reached"):
+        ShardCache(folder).open(store, shard)
+    coming = ShardCache(folder, patience_s=60).open_later(store, shard)
+    while "trying again" not in caplog.text:
+        assert not coming.done()
+    s3_proxy.come_back()
+    assert coming.result().data == data
