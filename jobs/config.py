@@ -82,8 +82,8 @@ class TrainConfig:
         early_stopping: Stop after so many evaluations in a row without a better R@1; null trains all epochs.
         checkpoint_every_steps: Save a checkpoint each so many steps as well; null saves only with evaluations.
         keep_last: Number of checkpoints that are kept besides the best by R@1.
-        store_patience_s: Time that the checkpoints' store may be away before the training gives up; it goes on
-            meanwhile.
+        store_patience_s: Time that a store may be away before the training gives up. While it is that of the
+            checkpoints, the training goes on; while it is that of a shard that is needed now, it waits.
         max_failures: Times that a lost worker or node restarts the workers from the last checkpoint. Nodes that say
             beforehand that they go do not count.
         preemption_check_every_steps: Ask whether a node has said that it goes each so many steps; the workers then save

@@ -27,6 +27,7 @@ from jobs.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
 from pipeline.decoding import check_profile
+from pipeline.evaluation import require_positions
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.registry import register_model
@@ -133,6 +134,7 @@ def _check(config: ExperimentConfig, manifest: Manifest) -> None:
     """Refuse what cannot work before anything is written."""
     for split in (config.data.train_split, config.data.eval_split):
         manifest.split(split)
+    require_positions(manifest, config.data.eval_split, hit_distance_m=config.data.hit_distance_m)
     check_profile(config.preprocess, manifest.profile, where=manifest.uri)
     if config.train.use_gpu and config.train.max_workers == 1 and not torch.cuda.is_available():
         raise ClusterError("train.use_gpu: this machine has no GPU that torch can use; set train.use_gpu=false")

@@ -27,7 +27,7 @@ from pipeline.evaluation import Queries
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 from pipeline.mining import HardNegatives, Places
-from pipeline.sampler import Indices
+from pipeline.sampler import Indices, check_fills
 from pipeline.storage import Store
 
 OnStep = Callable[[StepReport], None]
@@ -226,8 +226,9 @@ class Training:
     def _open_data(self) -> Manifest:
         data = self._config.data
         manifest = Manifest.load(data.manifest)
-        self._cache = _open_cache(data, manifest)
+        self._cache = _open_cache(data, manifest, patience_s=self._config.train.store_patience_s)
         self._train_set = PairDataset(manifest, data.train_split, cache=self._cache)
+        check_fills(len(self._train_set), batch_size=self._config.train.batch_size)
         self._hard_negatives = _hard_negatives(self._config, manifest, self._device)
         order = None if self._hard_negatives is None else self._hard_negatives.order
         self._train_loader = self._loader(self._train_set, order=order)
@@ -265,9 +266,10 @@ def _hard_negatives(config: ExperimentConfig, manifest: Manifest, device: torch.
     return HardNegatives(sampling, places, batch_size=train.batch_size, seed=train.seed, device=device)
 
 
-def _open_cache(data: DataConfig, manifest: Manifest) -> ShardCache:
+def _open_cache(data: DataConfig, manifest: Manifest, *, patience_s: float) -> ShardCache:
     folder = Path(data.cache).expanduser() if data.cache else None
-    cache = ShardCache(folder, limit_bytes=None if data.cache_gb is None else round(data.cache_gb * 1e9))
+    limit_bytes = None if data.cache_gb is None else round(data.cache_gb * 1e9)
+    cache = ShardCache(folder, limit_bytes=limit_bytes, patience_s=patience_s)
     if Store.from_uri(manifest.store_uri).local_path("") is None:
         for numbers in (manifest.split(split)["shard"].unique() for split in (data.train_split, data.eval_split)):
             cache.claim(manifest.shards[number] for number in numbers.to_pylist())

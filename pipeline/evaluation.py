@@ -109,13 +109,13 @@ class Ranks:
         }
 
 
-def require_positions(dataset: PairDataset, split: str, *, hit_distance_m: float | None) -> None:
+def require_positions(manifest: Manifest, split: str, *, hit_distance_m: float | None) -> None:
     """Refuse recall by distance where no pair has a position.
 
     Raises:
         DataError: There is none.
     """
-    if hit_distance_m is not None and not np.isfinite(dataset.location_m).any():
+    if hit_distance_m is not None and not np.isfinite(manifest.location_m(split)).any():
         raise DataError(f"split {split!r}: no pair has a position, so nothing can be counted by distance")
 
 
@@ -210,7 +210,7 @@ def evaluate_checkpoint(
     preprocess = parse(PreprocessConfig, {**to_plain(trained_with), **(preprocess_changes or {})}, prefix="preprocess")
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
-    require_positions(dataset, split, hit_distance_m=hit_distance_m)
+    require_positions(dataset.manifest, split, hit_distance_m=hit_distance_m)
     queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
