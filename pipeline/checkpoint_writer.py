@@ -28,9 +28,9 @@ class _Order:
 class CheckpointWriter:
     """Writes into a folder of checkpoints from a thread of its own; used by one thread of one process.
 
-    One checkpoint is on its way and one more may wait in memory. A newer one takes the place of the waiting one, unless
-    that is the best so far: so a store that is away for a while holds up nobody and costs no more than two copies.
-    After each, all but the last ones and the best are deleted.
+    One checkpoint is on its way; others wait in memory, of which a newer one lets only the best so far stay. So a store
+    that is away for a while holds up nobody and costs no more than three copies. After each that is written, all but
+    the last ones and the best are deleted.
 
     An error of the thread is raised by the next call of any method.
     """
@@ -61,13 +61,11 @@ class CheckpointWriter:
         self._guard = guard or _no_guard
         self._threads = BackgroundThreads(1, name="checkpoint")
         self._lock = threading.Lock()
-        self._waiting: _Order | None = None  # there is a queued call for it exactly while it is not None
+        self._waiting: list[_Order] = []
         self._calls: deque[Future[None]] = deque()
 
     def submit(self, name: str, snapshot: Snapshot, *, best: str) -> None:
-        """Have a checkpoint written.
-
-        Returns at once unless the one that waits is the best: then when that is on its way.
+        """Have a checkpoint written; this does not wait.
 
         Args:
             name: Its name.
@@ -77,10 +75,14 @@ class CheckpointWriter:
         Raises:
             CvftError: An earlier one could not be written.
         """
-        order = _Order(name, snapshot, best)
         self.check()
-        while not self._put(order):
-            self._calls.popleft().result()
+        with self._lock:
+            left_out = [waiting.name for waiting in self._waiting if waiting.name != best or waiting.name == name]
+            self._waiting = [waiting for waiting in self._waiting if waiting.name not in left_out]
+            self._waiting.append(_Order(name, snapshot, best))
+        self._calls.append(self._threads.submit(self._write_next))
+        if left_out:
+            _LOGGER.warning("%s not written: %s came before the store was free", ", ".join(left_out), name)
 
     def check(self) -> None:
         """Raise what went wrong since the last call.
@@ -110,22 +112,11 @@ class CheckpointWriter:
         if unfinished:
             _LOGGER.warning("%d checkpoints could not be written within %.0f s", len(unfinished), timeout_s)
 
-    def _put(self, order: _Order) -> bool:
+    def _write_next(self) -> None:
         with self._lock:
-            waiting = self._waiting
-            if waiting is not None and waiting.name == order.best != order.name:
-                return False
-            self._waiting = order
-        if waiting is None:
-            self._calls.append(self._threads.submit(self._write_waiting))
-        else:
-            _LOGGER.warning("%s is not written: %s came before the store was free", waiting.name, order.name)
-        return True
-
-    def _write_waiting(self) -> None:
-        with self._lock:
-            order, self._waiting = self._waiting, None
-        assert order is not None
+            if not self._waiting:  # a newer one took its place, whose own call found the first of those that waited
+                return
+            order = self._waiting.pop(0)
         begun = time.monotonic()
         patiently(lambda: self._write(order), patience_s=self._patience_s)
         self._written = [name for name in self._written if name != order.name] + [order.name]

@@ -51,7 +51,8 @@ class CheckpointFolder:
         Args:
             name: See `checkpoint_name`.
             snapshot: What to write.
-            guard: Called before it begins to count; what it raises prevents that.
+            guard: Called before anything of that name is touched, and before it begins to count; what it raises
+                prevents both.
 
         Raises:
             CheckpointError: The local place cannot be written.
@@ -59,11 +60,7 @@ class CheckpointFolder:
         """
         local = self._store.local_path(name)
         if local is None:
-            self._store.delete(f"{name}/{INFO_FILE}")  # of an older one whose files are about to be replaced
-            for file, data in snapshot.files():
-                if file == INFO_FILE and guard is not None:
-                    guard()
-                self._store.write_bytes(f"{name}/{file}", data)
+            self._upload(name, snapshot, guard or _no_guard)
             return
         try:
             write_snapshot(local, snapshot, guard=guard)
@@ -71,6 +68,14 @@ class CheckpointFolder:
             if may_pass(error.__cause__):
                 raise StoreUnavailableError(str(error)) from error
             raise
+
+    def _upload(self, name: str, snapshot: Snapshot, guard: Callable[[], None]) -> None:
+        guard()
+        self._store.delete(f"{name}/{INFO_FILE}")  # of an older one whose files are about to be replaced
+        for file, data in snapshot.files():
+            if file == INFO_FILE:
+                guard()
+            self._store.write_bytes(f"{name}/{file}", data)
 
     def keep(self, names: Iterable[str]) -> None:
         """Delete every other checkpoint and what there is of unfinished ones; nobody else may be writing.
@@ -112,6 +117,10 @@ class CheckpointFolder:
                 " backup, or delete this folder to train anew"
             )
         return None
+
+
+def _no_guard() -> None:
+    pass
 
 
 def _step(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import torch
 from cvft.checkpoint import INFO_FILE, MODEL_FILE, TRAINING_FILE, read_info, read_state
 from cvft.distributed import current_world
 from cvft.errors import CheckpointError
-from jobs import worker
+from jobs import train, worker
 from jobs.config import ExperimentConfig
 from jobs.saving import checkpoints_of
+from pipeline.cache import default_cache
+from pipeline.checkpoints import checkpoint_name, fetch
+from pipeline.evaluation import evaluate_checkpoint
 from tests.distributed_helper import run_distributed
 
 SETTINGS = ("train.num_epochs=2", "model.backbone.dropout=0.2", "train.loss.kind=info_nce")
@@ -39,9 +43,13 @@ def run_with_a_stop_after_every_step(config: ExperimentConfig) -> int:
 
 
 def run_until(config: ExperimentConfig, step: int) -> None:
-    """Train until the power fails after so many steps, without notice."""
+    """Train until the power fails after so many steps, without notice; what was to be saved before has been written."""
+    folder, every, steps_per_epoch = checkpoints_of(config), config.train.checkpoint_every_steps, 3
 
     def cut(report) -> None:
+        done = report.step + 1
+        while done % every == 0 and done % steps_per_epoch and checkpoint_name(done) not in folder.names():
+            time.sleep(0.005)
         if report.step + 1 == step:
             raise PowerCut
 
@@ -51,13 +59,13 @@ def run_until(config: ExperimentConfig, step: int) -> None:
 
 def newest(config: ExperimentConfig) -> Path:
     folder = checkpoints_of(config)
-    return Path(folder.uri(folder.names()[-1]))
+    return fetch(folder.uri(folder.names()[-1]), cache=default_cache().parent)
 
 
 def assert_same(config: ExperimentConfig, straight: ExperimentConfig) -> None:
     """Weights, moments, loss parameters, the loss of every step and the means of the epochs are equal to the bit."""
     ours, theirs = newest(config), newest(straight)
-    assert ours.name == theirs.name
+    assert read_info(ours).step == read_info(theirs).step
     for file in (MODEL_FILE, TRAINING_FILE):
         tensors = safetensors.torch.load_file(ours / file)
         expected = safetensors.torch.load_file(theirs / file)
@@ -156,3 +164,42 @@ def two_ranks(straight: ExperimentConfig, stopped: ExperimentConfig, damaged: Ex
 def test_two_ranks_agree_on_where_to_go_on(tiny):
     configs = [tiny(f"name={name}", *SETTINGS, "train.checkpoint_every_steps=1") for name in ("a", "b", "c")]
     run_distributed(two_ranks, 2, *configs)
+
+
+@pytest.mark.objectstore
+def test_a_store_that_is_away_for_a_while_stops_no_training(tiny, straight, s3_uri, s3_proxy, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{straight.output}/cache")
+    config = tiny("name=remote", f"output={s3_uri}", *SETTINGS, "train.checkpoint_every_steps=1")
+
+    def break_and_mend(report) -> None:
+        if report.step == 0:
+            s3_proxy.go_away()
+        elif report.step == 3:
+            while "trying again" not in caplog.text:
+                time.sleep(0.01)
+            s3_proxy.come_back()
+
+    assert run(config, on_step=break_and_mend)
+    assert "the server cannot be reached" in caplog.text
+    assert "the store is back after" in caplog.text
+    assert_same(config, straight)
+
+
+def test_early_stopping_counts_evaluations_without_a_better_recall_whoever_resumes(tiny):
+    settings = "train.num_epochs=9", "train.early_stopping=2", "train.optimizer.learning_rate=1e-12"
+    result = train.train(tiny("name=patient", *settings))
+    # With a rate of nothing, the first evaluation is the best one.
+    assert (result["epoch"], result["epochs_done"], result["stopped_early"]) == (1, 3, True)
+    assert train.train(tiny("name=patient", *settings)) == result
+    stopped = tiny("name=stopped", *settings)
+    run_with_a_stop_after_every_step(stopped)
+    assert_same(stopped, tiny("name=patient", *settings))
+
+
+def test_training_reports_recall_by_distance_as_evaluation_does(tiny, manifest_uri):
+    config = tiny("train.num_epochs=1", "data.hit_distance_m=60")
+    assert run(config)
+    metrics = read_info(newest(config)).metrics
+    found = evaluate_checkpoint(str(newest(config)), manifest_uri, hit_distance_m=60).metrics()
+    assert metrics["recall_at_1_within_60m"] > 0
+    assert {name: metrics[name] for name in found} == found

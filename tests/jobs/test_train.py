@@ -30,29 +30,6 @@ def _main(module, arguments, capfd):
     return code, json.loads(out.splitlines()[-1]) if code == 0 else None, err
 
 
-@pytest.mark.parametrize("loss", ["soft_margin_triplet", "info_nce"])
-def test_training_stopped_after_two_epochs_and_continued_equals_a_straight_one_bitwise(tiny, loss):
-    settings = ["train.num_epochs=4", f"train.loss.kind={loss}"]
-    straight = train.train(tiny("name=straight", *settings))
-    config = tiny("name=stopped", *settings)
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(metrics):
-        if metrics["epoch"] == 2:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        train.worker.train(config, device=torch.device("cpu"), on_epoch=cut)
-    continued = train.train(config)
-    assert read_info(_newest(continued)).epoch == 4
-    ours, theirs = _weights(_newest(continued)), _weights(_newest(straight))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    losses = [[epoch["loss"] for epoch in read_info(_newest(run)).training["epochs"]] for run in (continued, straight)]
-    assert losses[0] == losses[1]
-
-
 def test_a_training_that_diverges_names_the_keys_and_keeps_the_pixels(tiny, tmp_path, manifest_uri, monkeypatch):
     def diverge(*arguments, **options):
         (batch, *_) = arguments[1]
