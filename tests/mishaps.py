@@ -127,6 +127,11 @@ class Training:
                 raise SystemExit(f"{self.name} ended before step {step}; {self._errors}, see {self._runs.folder}")
             time.sleep(0.01)
 
+    def wait_for_size(self, num_workers: int) -> None:
+        """Wait until a group of so many workers has done a step, or the end."""
+        while self.is_running() and all(line["size"] != num_workers for line in self._runs.steps(self.name)):
+            time.sleep(0.01)
+
     def kill_driver(self) -> None:
         self.process.kill()
         self.process.wait()

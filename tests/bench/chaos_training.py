@@ -154,6 +154,8 @@ class Chaos:
             began = training.began
             training = Training(self._runs, name, after, has_process=True)
             training.began = began
+        if mishap == "node" and is_elastic:
+            training.wait_for_size(NUM_NODES - 1)
         self._nodes.restore()
         total_s = training.wait()
         return self._judge(name, mishap, step, total_s)
