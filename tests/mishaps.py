@@ -26,31 +26,28 @@ ROOT = Path(__file__).parents[1]
 PAUSE_S = 0.15  # after each step of the tiny network, so that a mishap meets the training in the middle
 
 
+train_as_usual = worker.train
+
+
+def train_and_note(config: ExperimentConfig, **hooks: Any) -> bool:
+    """Train as `jobs.worker` does, and note each step: mishaps are timed, and wasted steps counted, by it."""
+    also = hooks.pop("on_step", None)
+    world = current_world()
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    place = {"rank": world.rank, "size": world.size, "pid": os.getpid(), "node": node}
+
+    def on_step(report: Any) -> None:
+        if also is not None:
+            also(report)
+        with Path(config.output, f"{config.name}.trace").open("a") as trace:
+            print(json.dumps({**place, "step": report.step}), file=trace)
+        time.sleep(PAUSE_S)
+
+    return train_as_usual(config, on_step=on_step, **hooks)
+
+
 def traced_worker(settings: dict[str, Any]) -> str:
-    """Train as `jobs.ray_train` does, and note each step: the mishaps are timed, and wasted steps counted, by it."""
-    trace = Path(settings["config"]["output"]) / f"{settings['config']['name']}.trace"
-    train_as_usual = worker.train
-
-    def note(what: dict[str, Any]) -> None:
-        with trace.open("a") as stream:
-            node = ray.get_runtime_context().get_node_id()
-            world = current_world()
-            print(
-                json.dumps({"rank": world.rank, "size": world.size, "pid": os.getpid(), "node": node, **what}),
-                file=stream,
-            )
-
-    def train_and_note(config: ExperimentConfig, **hooks: Any) -> bool:
-        also = hooks.pop("on_step", None)
-
-        def on_step(report: Any) -> None:
-            if also is not None:
-                also(report)
-            note({"step": report.step})
-            time.sleep(PAUSE_S)
-
-        return train_as_usual(config, on_step=on_step, **hooks)
-
+    """Be a Ray Train worker whose steps are noted."""
     worker.train = train_and_note
     try:
         return ray_train._run_worker(settings)
@@ -185,6 +182,7 @@ class Final:
         return float((self.losses - other.losses).abs().max()), weights
 
 
-if __name__ == "__main__":  # the driver of a training: `python -m jobs.train` whose workers note their steps
+if __name__ == "__main__":  # the driver of a training: `python -m jobs.train`, whose steps are noted
     ray_train._run_worker = traced_worker
+    worker.train = train_and_note  # where one worker trains in the driver itself
     sys.exit(train.entry.main(train.JOB, sys.argv[1:]))
