@@ -14,6 +14,7 @@ right.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -85,16 +86,23 @@ def make_town(folder: Path) -> Runs:
     return Runs(folder / "runs", [f"data.manifest={manifest}", f"tracking.uri=sqlite:///{folder}/mlflow.db", *TINY])
 
 
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 class Nodes:
     """The cluster: a head without CPUs, and nodes with one each."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
+        port, dashboard_port = free_ports(2)
         # Known before any process starts: Ray's helpers would else look for a cluster among all of this machine.
         os.environ["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-        head = {"num_cpus": 0, "gcs_server_port": port, "include_dashboard": True, "temp_dir": str(folder)}
+        head = {"num_cpus": 0, "gcs_server_port": port, "temp_dir": str(folder)}
+        head |= {"include_dashboard": True, "dashboard_port": dashboard_port}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.restore()
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, configure_logging=False)
