@@ -11,6 +11,7 @@ import torch
 from cvft.checkpoint import CheckpointInfo, State
 from cvft.engine import StepReport
 from jobs.entry import LINE_INTERVAL_S, LOGGER
+from jobs.resources import memory_text
 from pipeline.checkpoints import checkpoint_name
 
 Metrics = dict[str, float]
@@ -109,8 +110,9 @@ class Curve:
 class StepLines:
     """One log line at intervals while steps go by."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, device: torch.device) -> None:
         self._num_steps = num_steps
+        self._device = device
         self._printed = time.monotonic()
 
     def __call__(self, report: StepReport) -> None:
@@ -119,12 +121,13 @@ class StepLines:
             return
         self._printed = time.monotonic()
         LOGGER.info(
-            "step %d/%d: loss %.4f, %.1f pairs/s, waited %.0f %% for data",
+            "step %d/%d: loss %.4f, %.1f pairs/s, waited %.0f %% for data, %s",
             report.step + 1,
             self._num_steps,
             report.loss,
             report.pairs_per_s,
             100 * report.data_wait_s / (report.data_wait_s + report.step_s),
+            memory_text(self._device),
         )
 
 

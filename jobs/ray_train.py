@@ -7,6 +7,7 @@ at that very step and return, and the driver starts them again: no step is lost 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
 from cvft.errors import ClusterError, CvftError, TrainingError
-from jobs import attempts, worker
+from jobs import attempts, tracked, worker
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
@@ -114,11 +115,6 @@ def _run_worker(settings: dict[str, Any]) -> str:
     if device.type == "cpu":
         torch.set_num_threads(1)  # the worker's one CPU; the order of sums, and so the last bit, hangs on it
 
-    def on_epoch(metrics: Metrics) -> None:
-        if is_first:
-            run.log_metrics(metrics, step=int(metrics["step"]))
-        ray.train.report(metrics)
-
     leaving = Leaving(
         every_steps=config.train.preemption_check_every_steps,
         max_workers=config.train.max_workers,
@@ -127,7 +123,22 @@ def _run_worker(settings: dict[str, Any]) -> str:
     )
     try:
         guard = attempts.claim(store, settings["attempt"]).check if is_first else None
-        is_over = worker.train(config, device=device, on_epoch=on_epoch, should_leave=leaving, guard=guard)
+        with contextlib.ExitStack() as stack:
+            record = stack.enter_context(tracked.Recorder(config, run, device)) if is_first else None
+
+            def on_epoch(metrics: Metrics) -> None:
+                if record is not None:
+                    record.on_epoch(metrics)
+                ray.train.report(metrics)
+
+            is_over = worker.train(
+                config,
+                device=device,
+                on_epoch=on_epoch,
+                on_step=record and record.on_step,
+                should_leave=leaving,
+                guard=guard,
+            )
     except attempts.TakenOverError:
         raise
     except CvftError as error:

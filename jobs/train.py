@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ import torch
 from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.configuration import dotted_values, to_plain
 from cvft.errors import ClusterError, ConfigError
-from jobs import attempts, entry, worker
-from jobs.commit import code_commit
+from jobs import attempts, entry, tracked, worker
 from jobs.config import ExperimentConfig, load
 from jobs.progress import History
 from jobs.ray_train import train_on_ray
@@ -31,8 +30,8 @@ from pipeline.evaluation import require_positions
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.registry import register_model
-from pipeline.tracking.runs import Run, open_run
-from pipeline.tracking.server import prepare
+from pipeline.tracking.runs import Run
+from pipeline.tracking.server import store_errors
 
 RUN_FILE = "run.json"
 # What may differ when a run is continued: where things lie and what computes. The numbers stay the same to rounding.
@@ -52,9 +51,8 @@ _FREE_KEYS = (
     "train.max_failures",
     "train.preemption_check_every_steps",
     "train.resize_after_s",
-    "train.preemption_check_every_steps",
-    "train.resize_after_s",
     "tracking.uri",
+    "tracking.log_every_steps",
     "tracking.registered_model",
     "tracking.alias",
 )
@@ -88,16 +86,17 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
             device = torch.device("cuda" if config.train.use_gpu else "cpu")
             store = Store.from_uri(config.folder)
             guard = attempts.claim(store, attempts.begin_attempt(store)).check
-            worker.train(config, device=device, on_epoch=_recorder(run), guard=guard)
+            with tracked.Recorder(config, run, device) as record:
+                worker.train(config, device=device, on_epoch=record.on_epoch, on_step=record.on_step, guard=guard)
         else:
             train_on_ray(config, run)
         result = _result(config, run)
         if config.tracking.registered_model is not None:
             result |= register(config, run, result)
     except BaseException as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracked.finish_run(config, run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    run.finish()
+    tracked.finish_run(config, run, "FINISHED")
     return result
 
 
@@ -106,18 +105,23 @@ def register(config: ExperimentConfig, run: Run, result: dict[str, Any], descrip
 
     Returns:
         `model`, the URI by which MLflow loads it, and `version`.
+
+    Raises:
+        StoreError: MLflow cannot take it now; the same command does it later.
     """
     name, alias = config.tracking.registered_model, config.tracking.alias
     if name is None:
         raise ConfigError("tracking.registered_model: set a name to register a model under")
-    version = register_model(
-        run,
-        fetch(result["checkpoint"], cache=default_cache().parent),
-        name=name,
-        alias=alias,
-        metrics={key: value for key, value in result.items() if key.startswith(("recall_at_", "chance"))},
-        description=description or _description(config, result),
-    )
+    checkpoint = fetch(result["checkpoint"], cache=default_cache().parent)
+    with store_errors(run.uri):
+        version = register_model(
+            run,
+            checkpoint,
+            name=name,
+            alias=alias,
+            metrics={key: value for key, value in result.items() if key.startswith(("recall_at_", "chance"))},
+            description=description or _description(config, result),
+        )
     return {"model": f"models:/{name}@{alias}", "version": version}
 
 
@@ -150,43 +154,31 @@ def _open_run(config: ExperimentConfig, manifest: Manifest) -> Run:
     """Open the MLflow run of this training's folder; one of the same configuration goes on."""
     store = Store.from_uri(config.folder)
     plain = to_plain(config)
+    known = json.loads(store.read_bytes(RUN_FILE)) if store.exists(RUN_FILE) else None
+    changes = _changes(plain, known, manifest) if known is not None else []
     # Without a checkpoint there is nothing yet that another configuration could not go on from.
-    if store.exists(RUN_FILE) and checkpoints_of(config).names():
-        _refuse_other_configuration(plain, json.loads(store.read_bytes(RUN_FILE)), manifest)
-    tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
-    store.write_bytes(RUN_FILE, json.dumps({"manifest_digest": manifest.digest, "config": plain}, indent=2).encode())
-    run = open_run(
-        tracking,
-        name=config.name,
-        identity=store.uri(),
-        config=plain,
-        commit=code_commit(),
-        tags={"manifest_digest": manifest.digest},
-    )
-    run.log_dataset(
-        name=manifest.layout,
-        digest=manifest.digest,
-        source=manifest.uri,
-        context="training",
-        profile={"pairs": manifest.splits},
-    )
+    if changes and checkpoints_of(config).names():
+        raise ConfigError(f"name: run {config.name!r} was begun otherwise: {', '.join(changes)}; choose another name=")
+    is_continued = known is not None and not changes
+    content: dict[str, Any] = {"manifest_digest": manifest.digest, "config": plain}
+    if known is not None and is_continued and known.get("run"):
+        content["run"] = known["run"]
+    store.write_bytes(RUN_FILE, json.dumps(content, indent=2).encode())
+    known_run = Run(**content["run"]) if "run" in content else None
+    run = tracked.open_run(config, manifest, known=known_run, is_continued=is_continued)
+    if run != known_run:
+        store.write_bytes(RUN_FILE, json.dumps({**content, "run": asdict(run)}, indent=2).encode())
     return run
 
 
-def _refuse_other_configuration(plain: dict[str, Any], known: dict[str, Any], manifest: Manifest) -> None:
+def _changes(plain: dict[str, Any], known: dict[str, Any], manifest: Manifest) -> list[str]:
+    """Name what makes this another training than the one that the run's folder holds."""
     then, now = dotted_values(known["config"]), dotted_values(plain)
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     changed = [f"{key}={now.get(key)!r} (was {then.get(key)!r})" for key in changed if key not in _FREE_KEYS]
     if known["manifest_digest"] != manifest.digest:
         changed.append(f"manifest {manifest.digest[:16]} (was {known['manifest_digest'][:16]})")
-    if changed:
-        raise ConfigError(
-            f"name: run {plain['name']!r} was begun otherwise: {', '.join(changed)}; choose another name="
-        )
-
-
-def _recorder(run: Run) -> worker.OnEpoch:
-    return lambda metrics: run.log_metrics(metrics, step=int(metrics["step"]))
+    return changed
 
 
 def _newest_info(config: ExperimentConfig) -> CheckpointInfo | None:

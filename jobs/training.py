@@ -74,7 +74,7 @@ class Training:
         self._steps_per_epoch = self._train_loader.num_steps
         self._num_steps = config.train.num_epochs * self._steps_per_epoch
         self._schedule = build_schedule(config.train.optimizer, num_steps=self._num_steps)
-        self._lines = StepLines(self._num_steps)
+        self._lines = StepLines(self._num_steps, device)
         self._curve = Curve()
         self.step = 0
         self.history = History()

@@ -118,7 +118,7 @@ class Outbox:
             if self._copies is not None:
                 self._copies.save(self._spool)
             _LOGGER.warning(
-                "%d entries for MLflow at %s wait in %s; the next start of this training sends them",
+                "%d entries for MLflow at %s wait in %s; the same command sends them when it is back",
                 self._num_left,
                 self._run.uri,
                 self.path,

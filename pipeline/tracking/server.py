@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from cvft.errors import StoreError
+from cvft.errors import StoreError, StoreUnavailableError
 
 SQLITE = "sqlite:///"
 # What MLflow raises where a place cannot be used.
@@ -34,10 +34,6 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",  # drawn from Python's global generator, which belongs to the training
 }
-
-
-class UnreachableError(StoreError):
-    """MLflow does not answer, or not now: the same call may succeed later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +61,7 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
         experiment: Name of the experiment.
 
     Raises:
+        StoreUnavailableError: MLflow does not answer, or not now.
         StoreError: MLflow cannot use this place.
     """
     uri, artifacts = resolve(uri)
@@ -83,7 +80,7 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        kind = StoreError if is_refusal(error) else UnreachableError
+        kind = StoreError if is_refusal(error) else StoreUnavailableError
         raise kind(
             f"tracking.uri={uri}: MLflow cannot use it: {reason_of(error)}; give {SQLITE}FILE or a server"
         ) from error

@@ -7,10 +7,10 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from cvft.errors import StoreError
+from cvft.errors import StoreError, StoreUnavailableError
 from pipeline.tracking.environment import environment_text
 from pipeline.tracking.runs import Run, find_run, open_run
-from pipeline.tracking.server import UnreachableError, prepare, tracking_client
+from pipeline.tracking.server import prepare, tracking_client
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -115,7 +115,7 @@ def test_a_deleted_experiment_and_an_absent_server_are_one_line_each(tmp_path, m
     ):
         prepare(uri, experiment="old")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(UnreachableError, match=r"MLflow cannot use it: .*Connection refused.*; give"):
+    with pytest.raises(StoreUnavailableError, match=r"MLflow cannot use it: .*Connection refused.*; give"):
         prepare("http://127.0.0.1:9", experiment="old")
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ def embed(model, pixels):
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory):
+def town(tmp_path_factory, mlflow_schema):
     """A place with one registered version, its checkpoint and its model."""
     folder = tmp_path_factory.mktemp("registry")
+    shutil.copyfile(mlflow_schema, folder / "mlflow.db")
     tracking = prepare(f"sqlite:///{folder}/mlflow.db", experiment="town")
     run = open_run(tracking, name="first", identity="first", config={})
     model = checkpoint(folder / "checkpoint", seed=0)

@@ -1,0 +1,163 @@
+"""A training in MLflow: its run is opened, told of steps and evaluations, and closed, whether MLflow is there or not.
+
+All goes through `pipeline.tracking.outbox`; MLflow must be there when a training begins, not when it goes on or ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import torch
+
+from cvft.configuration import to_plain
+from cvft.engine import StepReport
+from cvft.errors import StoreError, StoreUnavailableError
+from jobs.commit import code_commit
+from jobs.config import ExperimentConfig
+from jobs.entry import LOGGER
+from jobs.resources import Utilization, memory_metrics
+from pipeline.cache import default_cache
+from pipeline.manifest import Manifest
+from pipeline.storage import Store
+from pipeline.tracking.environment import environment_text
+from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.runs import COMMIT_TAG, Run, Status, create_run, find_run, get_run
+from pipeline.tracking.server import prepare, resolve, store_errors
+
+ENVIRONMENT_FILE = "environment.txt"
+RECORDER_CLOSE_S = 5.0  # `finish_run` waits longer; a node that is about to go must not
+
+
+def open_run(config: ExperimentConfig, manifest: Manifest, *, known: Run | None, is_continued: bool) -> Run:
+    """Open the MLflow run of a training, and tell it what is trained on what.
+
+    Args:
+        config: The experiment.
+        manifest: Its data.
+        known: The run that the training's folder names, if it names one.
+        is_continued: Whether the folder holds a training of this configuration; else the run is a new one.
+
+    Raises:
+        StoreUnavailableError: MLflow does not answer, and no run is known that could be told later.
+        StoreError: MLflow or the folder cannot be used.
+    """
+    try:
+        run = _find_or_create(config, known=known, is_continued=is_continued)
+    except StoreUnavailableError as error:
+        if not is_continued or known is None or known.uri != resolve(config.tracking.uri)[0]:
+            raise
+        LOGGER.warning("%s. %s goes on all the same and tells it later", error, config.name)
+        run = known
+    commit = code_commit()
+    with _outbox(config, run) as outbox:
+        outbox.defer(Run.resume)
+        outbox.defer(Run.log_config, config=to_plain(config))
+        tags = {"manifest_digest": manifest.digest, **({COMMIT_TAG: commit} if commit else {})}
+        outbox.defer(Run.set_tags, tags=tags)
+        outbox.defer(
+            Run.log_dataset,
+            name=manifest.layout,
+            digest=manifest.digest,
+            source=manifest.uri,
+            context="training",
+            profile={"pairs": manifest.splits},
+        )
+        outbox.defer(Run.log_text, text=environment_text(commit=commit), artifact_file=ENVIRONMENT_FILE)
+    return run
+
+
+def finish_run(config: ExperimentConfig, run: Run, status: Status) -> None:
+    """Close the MLflow run of a training; where that cannot even be kept for later, say so."""
+    try:
+        with _outbox(config, run) as outbox:
+            outbox.defer(Run.finish, status=status, end_time_ms=int(time.time() * 1000))
+    except StoreError as error:  # how the training ended matters more
+        LOGGER.warning("the run in MLflow stays open: %s", error)
+
+
+class Recorder:
+    """Tells MLflow of a training under way; rank 0 alone makes one.
+
+    Its methods are the `on_step` and `on_epoch` of `jobs.worker.train`.
+    """
+
+    def __init__(self, config: ExperimentConfig, run: Run, device: torch.device) -> None:
+        """Begin to send what an earlier process left, and then what comes.
+
+        Raises:
+            StoreError: The training's folder cannot be read or written.
+        """
+        self._outbox = _outbox(config, run)
+        self._steps = StepMetrics(self._outbox.log_metrics, every=config.tracking.log_every_steps, device=device)
+
+    def on_step(self, report: StepReport) -> None:
+        """Take the numbers of a step."""
+        self._steps.add(report)
+
+    def on_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Take the numbers of an evaluation."""
+        self._outbox.log_metrics(metrics, step=int(metrics["step"]))
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._steps.flush()
+        self._outbox.close(wait_s=RECORDER_CLOSE_S)
+
+
+class StepMetrics:
+    """Numbers of the steps of an interval, as one entry of MLflow."""
+
+    def __init__(self, log: Callable[..., None], *, every: int, device: torch.device) -> None:
+        """Log by `log(metrics, step=)` after each step whose number is a multiple of `every`."""
+        self._log = log
+        self._every = every
+        self._device = device
+        self._utilization = Utilization(device)
+        self._reports: list[StepReport] = []
+
+    def add(self, report: StepReport) -> None:
+        """Take the numbers of a step; the interval's last one logs them."""
+        self._reports.append(report)
+        if (report.step + 1) % self._every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log the interval so far, under the number of steps done."""
+        if self._reports:
+            resources = {**memory_metrics(self._device), **self._utilization.metrics()}
+            self._log({**_means(self._reports), **resources}, step=self._reports[-1].step + 1)
+            self._reports.clear()
+
+
+def _means(reports: list[StepReport]) -> dict[str, float]:
+    seconds = [report.data_wait_s + report.step_s for report in reports]
+    num_pairs = sum(report.pairs_per_s * time_s for report, time_s in zip(reports, seconds, strict=True))
+    return {
+        "train/loss": sum(report.loss for report in reports) / len(reports),
+        "train/gradient_norm": sum(report.gradient_norm for report in reports) / len(reports),
+        "train/learning_rate": reports[-1].learning_rate,
+        "train/pairs_per_s": num_pairs / sum(seconds),
+        "train/data_wait_share": sum(report.data_wait_s for report in reports) / sum(seconds),
+        "train/step_s": sum(report.step_s for report in reports) / len(reports),
+    }
+
+
+def _outbox(config: ExperimentConfig, run: Run) -> Outbox:
+    return Outbox(run, config.folder, cache=default_cache().parent)
+
+
+def _find_or_create(config: ExperimentConfig, *, known: Run | None, is_continued: bool) -> Run:
+    tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
+    identity = Store.from_uri(config.folder).uri()
+    with store_errors(tracking.uri):
+        run = None
+        if is_continued:
+            run = get_run(tracking, known.run_id) if known is not None else None
+            run = run or find_run(tracking, identity=identity)
+        return run or create_run(tracking, name=config.name, identity=identity)
