@@ -135,7 +135,7 @@ def _run_worker(settings: dict[str, Any]) -> str:
                 config,
                 device=device,
                 on_epoch=on_epoch,
-                on_step=record and record.on_step,
+                on_step=None if record is None else record.on_step,
                 should_leave=leaving,
                 guard=guard,
             )

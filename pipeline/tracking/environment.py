@@ -22,7 +22,7 @@ def environment_text(*, commit: str | None) -> str:
         "platform": f"{sys.platform} {platform.machine()}",
         "torch": f"{torch.__version__}, git {torch.version.git_version}",
         "cuda": torch.version.cuda or "none",
-        "cudnn": str(torch.backends.cudnn.version() or "none"),
+        "cudnn": str(torch.backends.cudnn.version() or "none"),  # type: ignore[no-untyped-call]  # not in torch's stubs
     }
     # The first of a name on the path is the one that is imported.
     versions: dict[str, str] = {}

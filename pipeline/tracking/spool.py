@@ -66,7 +66,7 @@ class Spool:
                 num_written = os.write(self._descriptor, data)
                 reason = "the disk took a part of it"
             except OSError as error:
-                num_written, reason = 0, error.strerror
+                num_written, reason = 0, str(error.strerror)
             if num_written == len(data):
                 self._is_torn = False
                 return
