@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-objectstore test-tensorflow test-triton check bench bench-peers help clean-demo
+.PHONY: demo test test-objectstore test-tensorflow test-timm test-triton check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ bench-peers: .venv-peers/.installed  ## what ours is compared with, in an enviro
 test-tensorflow: .venv-tensorflow/.installed  ## import of the authors' checkpoint, with a real TensorFlow
 	@.venv-tensorflow/bin/python -m pytest --noconftest tests/pipeline/test_official_import.py
 
+test-timm: .venv-timm/.installed  ## trunks of timm, beside a torchvision that fits its torch
+	@.venv-timm/bin/python -m pytest --noconftest tests/cvft/test_timm_backbone.py
+
 test-triton: $(VENV)/.developer .venv-triton/.installed  ## the fused kernel in Triton's interpreter (no GPU needed)
 	@PYTHONPATH=.venv-triton $(BIN)/python -m pytest tests/cvft/test_kernels.py
 
@@ -58,6 +61,15 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest
+	@touch $@
+
+# A torch of its own: torchvision imports beside the very build of torch that it was made for, and only there.
+.venv-timm/.installed: pyproject.toml
+	@echo "installing into .venv-timm (5 GB)" >&2
+	@test -x .venv-timm/bin/python || $(PYTHON) -m venv .venv-timm
+	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check timm==1.0.31 numpy safetensors pytest
 	@touch $@
 
 # litdata and mosaicml-streaming ask for torchvision and the SDKs of four clouds: they go in last and without

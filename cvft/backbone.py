@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cvft.activation import activate, convolve, convolve_and_pool
 from cvft.config import BackboneConfig
@@ -33,6 +34,7 @@ class Trunk(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self._is_recomputed = False
         self.features = nn.ModuleDict()
         self.norms = nn.ModuleDict()
         self._blocks = convolution_positions(config.blocks)
@@ -67,7 +69,7 @@ class Trunk(nn.Module):
         """Return the rows and columns of the features of an image of `size_px`."""
         return pooled_size(size_px, len(self._blocks) - 1, self.config.pooling)
 
-    def load_torchvision(self, weights: Mapping[str, Tensor], *, source: str) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor], *, source: str) -> None:
         """Start from torchvision's `features.*` tensors; `classifier.*` tensors, of no use to a trunk, are left out.
 
         ImageNet weights of torchvision expect RGB with mean (123.675, 116.28, 103.53) and std (58.395, 57.12, 57.375),
@@ -83,18 +85,33 @@ class Trunk(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(used[name])
 
+    def recompute_activations(self) -> None:
+        """Keep each block's input alone for the backward pass, and compute the block again there: the same gradients.
+
+        Dropout is a function of the noise, so that a block drops the same values the second time.
+        """
+        self._is_recomputed = True
+
     def _run(self, features: Tensor, blocks: range, noise: Tensor | None) -> Tensor:
         for block in blocks:
-            is_noisy = self.training and self.config.dropout > 0 and block >= len(self._blocks) - _NUM_DROPOUT_BLOCKS
-            *inner, last = self._blocks[block]
-            for name in inner:
-                features = self._convolve(name, features, noise if is_noisy else None)
-            is_pooled = block < len(self._blocks) - 1
-            if is_pooled and not is_noisy and last not in self.norms:
-                features = convolve_and_pool(self.features[last], features, pooling=self.config.pooling)
+            if self._is_recomputed and torch.is_grad_enabled():
+                again = {"use_reentrant": False, "preserve_rng_state": False}
+                features = checkpoint(self._run_block, features, block, noise, **again)
             else:
-                features = self._convolve(last, features, noise if is_noisy else None)
-                features = max_pool(features, self.config.pooling) if is_pooled else features
+                features = self._run_block(features, block, noise)
+        return features
+
+    def _run_block(self, features: Tensor, block: int, noise: Tensor | None) -> Tensor:
+        is_noisy = self.training and self.config.dropout > 0 and block >= len(self._blocks) - _NUM_DROPOUT_BLOCKS
+        *inner, last = self._blocks[block]
+        for name in inner:
+            features = self._convolve(name, features, noise if is_noisy else None)
+        is_pooled = block < len(self._blocks) - 1
+        if is_pooled and not is_noisy and last not in self.norms:
+            features = convolve_and_pool(self.features[last], features, pooling=self.config.pooling)
+        else:
+            features = self._convolve(last, features, noise if is_noisy else None)
+            features = max_pool(features, self.config.pooling) if is_pooled else features
         return features
 
     def _convolve(self, name: str, features: Tensor, noise: Tensor | None) -> Tensor:

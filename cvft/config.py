@@ -55,19 +55,27 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A VGG trunk: blocks of 3x3 convolutions with a max-pool between two blocks.
+    """The trunk of each view: our VGG, blocks of 3x3 convolutions with a max-pool between two blocks, or one of timm's.
 
     Attributes:
+        kind: `vgg`, or `timm` for a network of that package (`pip install 'cvft[timm]'`), without its classifier.
+        name: timm's name of the network, such as `convnext_base.fb_in22k_ft_in1k`; of `timm` alone, as the next four
+            are of `vgg` alone.
         blocks: Number of convolutions in each block; VGG16 is (2, 2, 3, 3, 3) with four pools between them.
         width: Factor on VGG16's channel numbers (64, 128, 256, 512, 512).
         pooling: `ceil` is TensorFlow's "SAME" (39 columns from 616); `floor` is torchvision's.
         norm: `group` adds group normalisation after each convolution, which small networks trained from scratch need.
-        num_frozen_blocks: The first blocks that are not trained and run without autograd.
-        dropout: Probability of dropping a value after each activation of the last two blocks while training.
+        num_frozen_blocks: The first blocks (for timm the first stages, as its `feature_info` counts them) that are not
+            trained and run without autograd.
+        dropout: Probability of dropping a value after each activation of the last two blocks while training; for timm,
+            a value of the map.
         is_shared: One trunk for both views; the paper has two.
-        weights: File or URL with torchvision's `features.*` tensors to start from; none means random (He) weights.
+        weights: File or URL with the tensors to start from, torchvision's `features.*` or timm's of the same network;
+            none means random weights.
     """
 
+    kind: Literal["vgg", "timm"] = "vgg"
+    name: str | None = None
     blocks: tuple[int, ...] = (2, 2, 3, 3, 3)
     width: float = 1.0
     pooling: Literal["ceil", "floor"] = "ceil"
@@ -82,8 +90,16 @@ class BackboneConfig:
         require(min(self.blocks) >= 1, f"blocks: {list(self.blocks)} must be at least 1 each")
         require(0 < self.width <= 4, f"width: {self.width} must lie in (0, 4]")
         frozen, blocks = self.num_frozen_blocks, len(self.blocks)
-        require(0 <= frozen <= blocks, f"num_frozen_blocks: {frozen} must lie in [0, {blocks}], the number of blocks")
+        require(
+            frozen >= 0 and (frozen <= blocks or self.kind == "timm"),
+            f"num_frozen_blocks: {frozen} must lie in [0, {blocks}], the number of blocks",
+        )
         require(0 <= self.dropout < 1, f"dropout: {self.dropout} must lie in [0, 1)")
+        require(self.kind == "timm" or self.name is None, f"name: {self.name} is of kind=timm; vgg has none")
+        if self.kind == "timm":
+            require(self.name is not None, "name: kind=timm needs timm's name of the network")
+            for key, default in (("blocks", (2, 2, 3, 3, 3)), ("width", 1.0), ("pooling", "ceil"), ("norm", "none")):
+                require(getattr(self, key) == default, f"{key}: {getattr(self, key)} is of kind=vgg; timm has its own")
 
 
 @dataclass(frozen=True, kw_only=True)

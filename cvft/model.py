@@ -5,12 +5,15 @@ Shape letters: B images, H x W pixels, C channels, h x w the grid, D values of a
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.backbone import Trunk
-from cvft.config import HeadConfig, ModelConfig, PreprocessConfig
+from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig
 from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
 from cvft.noise import derive
@@ -18,6 +21,7 @@ from cvft.ops import LegacyBilinearResize, SameConv2d, pooled_size
 from cvft.polar_transform import PolarTransform
 from cvft.precision import at_least_float32
 from cvft.tensor_files import read_weights
+from cvft.timm_backbone import TimmTrunk
 from cvft.transport import TransportResult
 
 _GROUND, _AERIAL = 1, 2  # the places of the two views' noise
@@ -39,8 +43,8 @@ class CrossViewModel(nn.Module):
         super().__init__()
         self.config = config
         self.polar = PolarTransform(preprocess.ground_size_px) if preprocess.polar else None
-        self.ground_trunk = Trunk(config.backbone)
-        self.aerial_trunk = None if config.backbone.is_shared else Trunk(config.backbone)
+        self.ground_trunk = _trunk(config.backbone)
+        self.aerial_trunk = None if config.backbone.is_shared else _trunk(config.backbone)
         channels, head = self.ground_trunk.out_channels, config.head
         self.descriptor_dim = channels
         if head.kind != "global_pool":
@@ -86,6 +90,31 @@ class CrossViewModel(nn.Module):
             return _unit(features.amax((2, 3)))
         return _descriptor(functional.relu(self.aerial_projection(features)))
 
+    @property
+    def trunks(self) -> tuple[Trunk | TimmTrunk, ...]:
+        """The trunks of both views, which may be one."""
+        return (self.ground_trunk,) if self.aerial_trunk is None else (self.ground_trunk, self.aerial_trunk)
+
+    def compile_trunks(self) -> None:
+        """Compile the trunks by torch.compile when they first run; names of tensors and results stay.
+
+        Raises:
+            ConfigError: There is no C++ compiler, which torch.compile needs.
+        """
+        compilers = (os.environ.get("CXX"), "g++", "clang++")
+        if not any(shutil.which(compiler) for compiler in compilers if compiler):
+            raise ConfigError(
+                "train.compile: torch.compile needs a C++ compiler, and neither g++ nor clang++ is on the PATH; "
+                "install one, or set train.compile=false"
+            )
+        for trunk in self.trunks:
+            trunk.compile()  # type: ignore[no-untyped-call]
+
+    def recompute_activations(self) -> None:
+        """Keep less of the trunks for the backward pass and compute it again there; the gradients stay the same."""
+        for trunk in self.trunks:
+            trunk.recompute_activations()
+
     def ground_transport(self, ground: Tensor) -> TransportResult:
         """Return the transport of normalised panoramas [B, 3, H, W] as `FeatureTransport.transport` does.
 
@@ -127,10 +156,13 @@ def build_model(config: ModelConfig, preprocess: PreprocessConfig) -> CrossViewM
     source = config.backbone.weights
     if source is not None:
         weights = read_weights(source)
-        for trunk in (model.ground_trunk, model.aerial_trunk):
-            if trunk is not None:
-                trunk.load_torchvision(weights, source=source)
+        for trunk in model.trunks:
+            trunk.load_weights(weights, source=source)
     return model
+
+
+def _trunk(config: BackboneConfig) -> Trunk | TimmTrunk:
+    return Trunk(config) if config.kind == "vgg" else TimmTrunk(config)
 
 
 def _require_grid(config: ModelConfig, aerial_map: tuple[int, int], aerial_size_px: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 ABSENT = {
     "ray", "mlflow", "webdataset", "pyarrow", "boto3", "yaml", "PIL", "cv2", "simplejpeg", "pandas", "matplotlib",
-    "tensorflow", "triton",
+    "tensorflow", "triton", "timm", "torchvision",
 }
 
 class Bare:
