@@ -120,8 +120,8 @@ class TransportConfig:
             grid; without it the ground map is resized to that grid first, as the paper does.
         num_groups: Plans of an image; each moves its part of the channels.
         polar_weight: Add to the cost how far apart two positions lie where the panorama's row is taken for a distance
-            and its column for a bearing, north in the middle (`cvft.polar`): the weight where it starts, in units of
-            epsilon per square of half the aerial image's width; it is learned. None adds nothing.
+            and its column for a bearing, north in the middle (`cvft.polar_prior`). The weight where it starts, in units
+            of epsilon per square of half the aerial image's width; it is learned. None adds nothing.
         dustbin_share: Share of the ground's mass that has no counterpart in the aerial image, such as the sky's: one
             more target takes it, at costs of its own. The share where it starts; it is learned. 0 is no dustbin.
     """

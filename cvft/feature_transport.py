@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvft.config import TransportConfig
-from cvft.polar import polar_terms, stretching
+from cvft.polar_prior import polar_terms, stretching
 from cvft.precision import at_least_float32, full_precision
 from cvft.transport import TransportProblem, TransportResult, solve
 

@@ -59,6 +59,11 @@ class CrossViewModel(nn.Module):
             self.resize = LegacyBilinearResize(ground_map, head.grid) if is_resized else nn.Identity()
             self.descriptor_dim = head.channels * head.grid[0] * head.grid[1]
         if head.kind == "cvft":
+            if preprocess.polar and head.transport.polar_weight is not None:
+                raise ConfigError(
+                    "model.head.transport.polar_weight: the prior leads to an aerial image with north up, which "
+                    "preprocess.polar unrolls; set one of them to null or false"
+                )
             self.transport = FeatureTransport(
                 head.transport, channels=head.channels, grid=head.grid, ground_map=ground_map
             )

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cvft.config import TransportConfig
+from cvft.config import BackboneConfig, HeadConfig, ModelConfig, PreprocessConfig, TransportConfig
+from cvft.errors import ConfigError
 from cvft.feature_transport import FeatureTransport
+from cvft.model import build_model
 from cvft.ops import LegacyBilinearResize
-from cvft.polar import centres, polar_terms
+from cvft.polar_prior import centres, polar_terms
 from pipeline.synthetic.geometry import AerialGeometry, PanoramaGeometry
 
 GROUND_MAP, GRID = (4, 20), (8, 8)
@@ -72,3 +74,10 @@ def test_the_weights_are_learned_and_start_as_given():
     torch.testing.assert_close(added, 5 * polar_terms(GROUND_MAP, GRID, GRID).sum(0).repeat(2, 1, 1), rtol=0, atol=1e-4)
     transport(given).square().sum().backward()
     assert (transport.polar_weight.grad != 0).all()
+
+
+def test_a_prior_for_an_aerial_image_that_is_unrolled_is_refused():
+    preprocess = PreprocessConfig(ground_size_px=(32, 80), aerial_size_px=(64, 64), polar=True)
+    head = HeadConfig(channels=4, grid=(1, 3), transport=TransportConfig(init="zero", polar_weight=1.0))
+    with pytest.raises(ConfigError, match=r"polar_weight: the prior leads to .* which preprocess\.polar unrolls"):
+        build_model(ModelConfig(backbone=BackboneConfig(width=1 / 16), head=head), preprocess)

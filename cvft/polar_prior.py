@@ -1,10 +1,9 @@
 """Where the positions of a panorama lie on the ground, as far as its own rows and columns can tell.
 
-The convention, that of the data sets with north-aligned panoramas (CVUSA, CVACT) and of the polar transform of Shi et
-al. (NeurIPS 2019, "Spatial-Aware Feature Aggregation"): the middle column looks north, columns to the right
-of it east, both edges south; the bottom row lies at the camera, which is the middle of the aerial image, the top row at
-the border of that image, and rows between them at distances in proportion. Aerial images show north up. Heights and
-the true size of the image do not enter: a position above the horizon is taken for far away.
+The convention is that of `cvft.polar_transform`, for north-aligned panoramas (CVUSA, CVACT): the middle column looks
+north, columns to the right of it east, both edges south; the bottom row lies at the camera, which is the middle of the
+aerial image, the top row at the border of that image, and rows between them at distances in proportion. Aerial images
+show north up. Heights and the true size of the image do not enter: a position above the horizon is taken for far away.
 
 Lengths are in halves of the aerial image's width. Shape letters: n ground positions, m aerial positions, row-major.
 """
