@@ -89,6 +89,11 @@ class TrainConfig:
         preemption_check_every_steps: Ask whether a node has said that it goes each so many steps; the workers then save
             at that very step and start again on the other nodes.
         resize_after_s: Elastic training grows when there has been room for another worker for so long.
+        activation_checkpointing: Keep less of the trunks for the backward pass and compute it again there: the same
+            gradients in less memory, for about one more forward pass.
+        compile: Compile the trunks by torch.compile; results agree to rounding.
+        ema_decay: Evaluate and save the exponential moving average of the weights over the steps, see `cvft.averaging`;
+            0.999 averages over about a thousand. Null takes the weights themselves.
         loss: See `LossConfig`.
         optimizer: See `OptimizerConfig`.
         augment: See `AugmentConfig`.
@@ -110,6 +115,9 @@ class TrainConfig:
     max_failures: int = 3
     preemption_check_every_steps: int = 10
     resize_after_s: float = 60.0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    ema_decay: float | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -123,6 +131,8 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value} must be at least 1, or null for never")
         require(self.store_patience_s >= 0, f"store_patience_s: {self.store_patience_s} must not be negative")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"ema_decay: {decay} must lie in (0, 1), or null for no average")
         require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
         chunk_size = self.chunk_size
         require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cvft.averaging import WeightAverage
 from cvft.checkpoint import CheckpointInfo, State
 from cvft.engine import StepReport
 from jobs.entry import LINE_INTERVAL_S, LOGGER
@@ -105,6 +106,21 @@ class Curve:
         """Go on from a state."""
         self.losses = state.tensors["losses"].tolist()
         self._seconds, self._since = state.values["epoch_seconds"], time.monotonic()
+
+
+class AverageOwner:
+    """Carries what a checkpoint with averaged weights lacks: the weights as the optimizer left them."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self._average = average
+
+    def state(self) -> State:
+        """Return the trained parameters."""
+        return State(tensors=self._average.raw())
+
+    def restore(self, state: State) -> None:
+        """Go on from a state; the network holds the averaged weights of the same checkpoint."""
+        self._average.restore(state.tensors)
 
 
 class StepLines:

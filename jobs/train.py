@@ -42,6 +42,7 @@ _FREE_KEYS = (
     "data.cache_gb",
     "data.keep_pixels",
     "data.num_threads",
+    "train.activation_checkpointing",
     "train.checkpoint_every_steps",
     "train.chunk_size",
     "train.keep_last",

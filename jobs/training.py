@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from cvft.augment import Augment
+from cvft.averaging import WeightAverage
 from cvft.batch import Batch, prefetch
 from cvft.distributed import current_world, wrap_ddp
 from cvft.engine import Descriptors, DivergenceError, StepReport, embed, train_epoch
@@ -19,7 +21,7 @@ from cvft.optim import build_optimizer, build_schedule
 from cvft.preprocess import Preprocess
 from jobs.config import DataConfig, ExperimentConfig
 from jobs.entry import LOGGER
-from jobs.progress import Curve, History, Metrics, StateOwner, StepLines, log_evaluation
+from jobs.progress import AverageOwner, Curve, History, Metrics, StateOwner, StepLines, log_evaluation
 from jobs.saving import Saver
 from pipeline.cache import ShardCache
 from pipeline.dataset import PairDataset
@@ -70,6 +72,12 @@ class Training:
         torch.manual_seed(config.train.seed)  # the initial weights
         model = build_model(config.model, config.preprocess).to(device)
         self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+        if config.train.activation_checkpointing:
+            self._model.recompute_activations()
+        if config.train.compile:
+            self._model.compile_trunks()
+        decay = config.train.ema_decay
+        self._average = None if decay is None else WeightAverage(self._model, decay=decay)
         self._optimizer = build_optimizer(self._model, config.train.optimizer, loss=self._loss)
         self._steps_per_epoch = self._train_loader.num_steps
         self._num_steps = config.train.num_epochs * self._steps_per_epoch
@@ -81,6 +89,8 @@ class Training:
         self.owners: dict[str, StateOwner] = {"curve": self._curve}
         if self._hard_negatives is not None:
             self.owners["neighbours"] = self._hard_negatives
+        if self._average is not None:
+            self.owners["average"] = AverageOwner(self._average)
         self._saver = Saver(
             config,
             model=self._model,
@@ -89,6 +99,7 @@ class Training:
             owners=self.owners,
             manifest_digest=manifest.digest,
             guard=guard,
+            weights=None if self._average is None else self._average.weights,
         )
         info = self._saver.restore()
         if info is not None:
@@ -151,6 +162,13 @@ class Training:
         epoch, first = self.step // self._steps_per_epoch, self.step - self._steps_per_epoch
         pairs_per_s = self._steps_per_epoch * self._config.train.batch_size / self._curve.seconds
         found = self._embed(self._eval_loader, self._eval_set)
+        with nullcontext() if self._average is None else self._average.applied():
+            found = embed(
+                self._model,
+                prefetch(self._eval_loader.eval_batches(), self._device),
+                preprocess=self._preprocess,
+                num_pairs=len(self._eval_set),
+            )
         recalls = self._queries.rank(found, hit_distance_m=self._config.data.hit_distance_m).metrics()
         metrics = {
             "epoch": epoch,
@@ -189,6 +207,8 @@ class Training:
         """All that happens between two steps, on every rank."""
         self.step = report.step + 1
         self._curve.losses.append(report.loss)
+        if self._average is not None:
+            self._average.update(report.step)
         self._saver.check()
         every = self._config.train.checkpoint_every_steps
         if every is not None and self.step % every == 0 and not self.is_evaluation_due:

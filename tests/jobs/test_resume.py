@@ -107,6 +107,24 @@ def test_cut_off_inside_an_epoch_it_goes_on_from_the_last_step_that_was_saved(ti
     assert_same(config, straight)
 
 
+def test_with_averaged_weights_and_recomputed_activations_too(tiny):
+    options = (*SETTINGS, "train.ema_decay=0.9", "train.checkpoint_every_steps=1")
+    whole = tiny("name=whole", *options)
+    assert run(whole)
+    stopped = tiny("name=stopped", *options, "train.activation_checkpointing=true")
+    assert run_with_a_stop_after_every_step(stopped) > 4
+    assert_same(stopped, whole)
+    averaged = safetensors.torch.load_file(newest(whole) / MODEL_FILE)
+    raw, raw_expected = (read_state(newest(config), "average").tensors for config in (stopped, whole))
+    assert raw.keys() == raw_expected.keys()
+    assert all(torch.equal(raw[name], raw_expected[name]) for name in raw)
+    assert any((raw[name] - averaged[name]).abs().max() > 1e-4 for name in raw)
+    plain = tiny("name=plain", *SETTINGS)
+    assert run(plain)
+    weights = safetensors.torch.load_file(newest(plain) / MODEL_FILE)
+    assert all(torch.equal(raw[name], weights[name]) for name in raw)  # the average does not touch the training
+
+
 def flip_a_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
