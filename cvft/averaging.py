@@ -42,7 +42,7 @@ class WeightAverage:
         """Take the weights after step number `step` into the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         average, weights = list(self._average.values()), [value.detach() for value in self._trained.values()]
-        get_ema_multi_avg_fn(decay)(average, weights, None)
+        get_ema_multi_avg_fn(decay)(average, weights, None)  # type: ignore[no-untyped-call]
 
     def weights(self) -> dict[str, Tensor]:
         """Return the network's state dict with the averages in it; no copies."""

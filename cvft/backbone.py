@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ class Trunk(nn.Module):
     def _run(self, features: Tensor, blocks: range, noise: Tensor | None) -> Tensor:
         for block in blocks:
             if self._is_recomputed and torch.is_grad_enabled():
-                again = {"use_reentrant": False, "preserve_rng_state": False}
-                features = checkpoint(self._run_block, features, block, noise, **again)
+                features = checkpoint(
+                    self._run_block, features, block, noise, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 features = self._run_block(features, block, noise)
         return features
@@ -108,17 +110,21 @@ class Trunk(nn.Module):
             features = self._convolve(name, features, noise if is_noisy else None)
         is_pooled = block < len(self._blocks) - 1
         if is_pooled and not is_noisy and last not in self.norms:
-            features = convolve_and_pool(self.features[last], features, pooling=self.config.pooling)
+            features = convolve_and_pool(self._convolution(last), features, pooling=self.config.pooling)
         else:
             features = self._convolve(last, features, noise if is_noisy else None)
             features = max_pool(features, self.config.pooling) if is_pooled else features
         return features
 
     def _convolve(self, name: str, features: Tensor, noise: Tensor | None) -> Tensor:
-        options = {"probability": self.config.dropout, "noise": None if noise is None else derive(noise, int(name))}
+        convolution, probability = self._convolution(name), self.config.dropout
+        noise = None if noise is None else derive(noise, int(name))
         if name in self.norms:
-            return activate(self.norms[name](self.features[name](features)), **options)
-        return convolve(self.features[name], features, **options)
+            return activate(self.norms[name](convolution(features)), probability=probability, noise=noise)
+        return convolve(convolution, features, probability=probability, noise=noise)
+
+    def _convolution(self, name: str) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.features[name])
 
     def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         yield from self.features[name].parameters()

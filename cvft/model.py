@@ -113,7 +113,7 @@ class CrossViewModel(nn.Module):
                 "install one, or set train.compile=false"
             )
         for trunk in self.trunks:
-            trunk.compile()  # type: ignore[no-untyped-call]
+            trunk.compile()
 
     def recompute_activations(self) -> None:
         """Keep less of the trunks for the backward pass and compute it again there; the gradients stay the same."""

@@ -114,7 +114,7 @@ class TimmTrunk(nn.Module):
         before = set(modules[: inside[-1] + 1])
         return [name for name, _ in self.model.named_parameters() if name.rpartition(".")[0] in before]
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]  # torch's own
+    @torch.enable_grad()
     def _idle_parameters(self) -> list[str]:
         """List the parameters that the map does not depend on."""
         size = self.model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
