@@ -161,14 +161,8 @@ class Training:
         """Measure recall and save, as on every rank; rank 0 writes."""
         epoch, first = self.step // self._steps_per_epoch, self.step - self._steps_per_epoch
         pairs_per_s = self._steps_per_epoch * self._config.train.batch_size / self._curve.seconds
-        found = self._embed(self._eval_loader, self._eval_set)
         with nullcontext() if self._average is None else self._average.applied():
-            found = embed(
-                self._model,
-                prefetch(self._eval_loader.eval_batches(), self._device),
-                preprocess=self._preprocess,
-                num_pairs=len(self._eval_set),
-            )
+            found = self._embed(self._eval_loader, self._eval_set)
         recalls = self._queries.rank(found, hit_distance_m=self._config.data.hit_distance_m).metrics()
         metrics = {
             "epoch": epoch,
