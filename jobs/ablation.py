@@ -212,7 +212,9 @@ def write_comparison(
         out: Local folder.
         about: One sentence on what was trained on.
     """
-    summaries = summarise(trials, reference=spec.reference, metric=spec.metric)
+    places = list(spec.variants)
+    ordered = sorted(trials, key=lambda trial: (places.index(trial.variant), trial.seed))
+    summaries = summarise(ordered, reference=spec.reference, metric=spec.metric)
     out.mkdir(parents=True, exist_ok=True)
     files = AblationFiles(table=out / "ablation.md", picture=out / "ablation.png", numbers=out / "ablation.json")
     files.table.write_text(f"{about}\n\n{ablation_table(summaries, metric=spec.metric)}", encoding="utf-8")
@@ -223,7 +225,7 @@ def write_comparison(
         "about": about,
         "specification": to_plain(spec),
         "summaries": [summary.plain() for summary in summaries],
-        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "trials": [dataclasses.asdict(trial) for trial in ordered],
     }
     files.numbers.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return summaries, files
