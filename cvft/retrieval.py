@@ -10,8 +10,8 @@ differences below float64's own error are ties.
 
 Memory beyond the inputs: tensors of at most 8 * (block + 512) * D + 16 * block^2 bytes (67 MB for block=1024, D=4096),
 64 * block^2 more with a `HitDistance`, and 12 * N * T bytes for the list of the best. Measured for 8,884 x 8,884 x
-4,096 on one CPU thread: 10 to 11 s, the process grows by 63 to 119 MB (a dense float32 product: 9 to 10 s, 407 MB and 9
-to 27 wrong ranks). A collapsed model takes three times as long.
+4,096 on one CPU thread (tests/bench/bench_recall.py): 5.5 s, the process grows by 38 MB; a dense float32 product takes
+4.4 s and 411 MB and has a wrong rank. A collapsed model takes three times as long.
 
 Shape letters: N queries, M references, D descriptor values, T best references, Q and R rows of a block of queries and
 references.

@@ -1,7 +1,7 @@
 """Exact ranks of 8,884 x 8,884 descriptors of 4,096 values beside numpy, faiss-cpu and scikit-learn.
 
     make bench-peers                                # once: the peers' environment, .venv-peers
-    python tests/bench/bench_recall.py              # four minutes; one thread
+    python tests/bench/bench_recall.py              # three minutes; one thread
     python tests/bench/bench_recall.py --rounds 1   # quicker, noisier
     python tests/bench/bench_recall.py --large      # 92,802 references too, ours alone; two minutes more
 
