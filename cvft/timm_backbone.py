@@ -96,8 +96,18 @@ class TimmTrunk(nn.Module):
         self.model.load_state_dict(used)
 
     def recompute_activations(self) -> None:
-        """Keep less for the backward pass and compute it again there, as timm does it for this network."""
-        self.model.set_grad_checkpointing(True)
+        """Keep less for the backward pass and compute it again there, as timm does it for this network.
+
+        Raises:
+            ConfigError: timm does not do it for this network.
+        """
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(
+                f"train.activation_checkpointing: timm has it for other networks, not for {self.config.name}; "
+                "set it to false"
+            ) from error
 
     def _frozen_parameters(self) -> list[str]:
         """List the parameters of timm's first `num_frozen_blocks` feature stages and of all that comes before them."""

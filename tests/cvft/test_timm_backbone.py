@@ -98,6 +98,11 @@ def test_recomputed_activations_give_the_same_gradients_to_the_bit(name):
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+def test_a_network_that_cannot_recompute_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: .* not for vgg11; set it to false"):
+        trunk("vgg11").recompute_activations()
+
+
 @pytest.mark.parametrize("kind", ["cvft", "conv", "global_pool"])
 def test_every_head_stands_on_the_trunks_map(kind):
     head = HeadConfig(kind=kind, channels=6, stride=1, grid=(4, 4), transport=TransportConfig(init="zero"))
