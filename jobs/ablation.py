@@ -18,7 +18,7 @@ import torch
 from cvft.checkpoint import read_info
 from cvft.configuration import parse, require, to_plain
 from cvft.errors import ConfigError
-from jobs import worker
+from jobs import run_file, worker
 from jobs.config import ExperimentConfig, load, read_yaml
 from jobs.entry import LOGGER
 from jobs.progress import Metrics, read_history
@@ -26,6 +26,7 @@ from jobs.saving import checkpoints_of
 from pipeline.ablation import Trial, VariantSummary, summarise
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
+from pipeline.manifest import Manifest
 from pipeline.report.ablation import ablation_figure, ablation_table
 from pipeline.report.style import rasterise
 from pipeline.runner import Runner
@@ -147,10 +148,12 @@ def run_trial(trial: TrialSpec) -> Trial:
     """Train, or go on training, in this process; returns the numbers of the last evaluation.
 
     Raises:
+        ConfigError: Its folder holds another training: of another specification, other overrides or other data.
         CvftError: The data or a checkpoint cannot be used, or the training diverged.
     """
     torch.set_num_threads(trial.num_threads)
     config = parse(ExperimentConfig, trial.config)
+    run_file.enter(config, Manifest.load(config.data.manifest), remedy=f"choose another --out for {trial.variant!r}")
     device = torch.device("cuda" if config.train.use_gpu else "cpu")
     worker.train(config, device=device, on_epoch=_ignore)
     checkpoints = checkpoints_of(config)

@@ -287,14 +287,18 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+def preset_names() -> list[str]:
+    """List the presets in `jobs/configs/`."""
+    return sorted(item.stem for item in PRESETS.glob("*.yaml"))
+
+
 def _find(file: str) -> Path:
     path = Path(file)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     preset = PRESETS / f"{file}.yaml"
     if not preset.exists():
-        known = ", ".join(sorted(item.stem for item in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"--config {file}: no such file, and no such preset; presets: {known}")
+        raise ConfigError(f"--config {file}: no such file, and no such preset; presets: {', '.join(preset_names())}")
     return preset
 
 

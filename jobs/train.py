@@ -8,7 +8,6 @@ The run's name decides where it lives: the same name and configuration continues
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 
 from cvft.checkpoint import CheckpointInfo, read_info
-from cvft.configuration import dotted_values, to_plain
 from cvft.errors import ClusterError, ConfigError
-from jobs import attempts, entry, tracked, worker
-from jobs.config import ExperimentConfig, load
+from jobs import attempts, entry, run_file, tracked, worker
+from jobs.config import ExperimentConfig, load, preset_names
 from jobs.progress import History
 from jobs.ray_train import train_on_ray
 from jobs.saving import checkpoints_of, newest_of
@@ -33,35 +31,11 @@ from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import store_errors
 
-RUN_FILE = "run.json"
-# What may differ when a run is continued: where things lie and what computes. The numbers stay the same to rounding.
-_FREE_KEYS = (
-    "output",
-    "data.manifest",
-    "data.cache",
-    "data.cache_gb",
-    "data.keep_pixels",
-    "data.num_threads",
-    "train.activation_checkpointing",
-    "train.checkpoint_every_steps",
-    "train.chunk_size",
-    "train.keep_last",
-    "train.store_patience_s",
-    "train.workers",
-    "train.use_gpu",
-    "train.max_failures",
-    "train.preemption_check_every_steps",
-    "train.resize_after_s",
-    "tracking.uri",
-    "tracking.log_every_steps",
-    "tracking.registered_model",
-    "tracking.alias",
-)
-
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `--config FILE key=value ...`."""
-    parser.add_argument("--config", required=True, help="YAML file, or the name of a preset: official, town")
+    presets = ", ".join(preset_names())
+    parser.add_argument("--config", required=True, help=f"YAML file, or the name of a preset: {presets}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: train.loss.gamma=12")
 
 
@@ -94,6 +68,8 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
         result = _result(config, run)
         if config.tracking.registered_model is not None:
             result |= register(config, run, result)
+    except attempts.TakenOverError:  # the run goes on elsewhere, in MLflow too
+        raise
     except BaseException as error:
         tracked.finish_run(config, run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -153,33 +129,12 @@ def _check(config: ExperimentConfig, manifest: Manifest) -> None:
 
 def _open_run(config: ExperimentConfig, manifest: Manifest) -> Run:
     """Open the MLflow run of this training's folder; one of the same configuration goes on."""
-    store = Store.from_uri(config.folder)
-    plain = to_plain(config)
-    known = json.loads(store.read_bytes(RUN_FILE)) if store.exists(RUN_FILE) else None
-    changes = _changes(plain, known, manifest) if known is not None else []
-    # Without a checkpoint there is nothing yet that another configuration could not go on from.
-    if changes and checkpoints_of(config).names():
-        raise ConfigError(f"name: run {config.name!r} was begun otherwise: {', '.join(changes)}; choose another name=")
-    is_continued = known is not None and not changes
-    content: dict[str, Any] = {"manifest_digest": manifest.digest, "config": plain}
-    if known is not None and is_continued and known.get("run"):
-        content["run"] = known["run"]
-    store.write_bytes(RUN_FILE, json.dumps(content, indent=2).encode())
+    content, is_continued = run_file.enter(config, manifest, remedy="choose another name=")
     known_run = Run(**content["run"]) if "run" in content else None
     run = tracked.open_run(config, manifest, known=known_run, is_continued=is_continued)
     if run != known_run:
-        store.write_bytes(RUN_FILE, json.dumps({**content, "run": asdict(run)}, indent=2).encode())
+        run_file.write(Store.from_uri(config.folder), {**content, "run": asdict(run)})
     return run
-
-
-def _changes(plain: dict[str, Any], known: dict[str, Any], manifest: Manifest) -> list[str]:
-    """Name what makes this another training than the one that the run's folder holds."""
-    then, now = dotted_values(known["config"]), dotted_values(plain)
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    changed = [f"{key}={now.get(key)!r} (was {then.get(key)!r})" for key in changed if key not in _FREE_KEYS]
-    if known["manifest_digest"] != manifest.digest:
-        changed.append(f"manifest {manifest.digest[:16]} (was {known['manifest_digest'][:16]})")
-    return changed
 
 
 def _newest_info(config: ExperimentConfig) -> CheckpointInfo | None:

@@ -63,13 +63,13 @@ def test_an_unknown_specification_is_told_with_those_that_there_are():
 
 
 def test_an_ablation_trains_each_seed_once_and_is_only_read_the_second_time(manifest_uri, tracking_uri, tmp_path):
-    def run():
+    def run(*overrides, **changes):
         return ablate.ablate(
-            load_ablation(write_spec(tmp_path)),
+            load_ablation(write_spec(tmp_path, **changes)),
             manifest=manifest_uri,
             out=tmp_path / "out",
             runner=Here(),
-            overrides=["train.num_epochs=1", f"tracking.uri={tracking_uri}", *TINY],
+            overrides=["train.num_epochs=1", f"tracking.uri={tracking_uri}", *TINY, *overrides],
             num_threads=torch.get_num_threads(),
         )
 
@@ -84,3 +84,10 @@ def test_an_ablation_trains_each_seed_once_and_is_only_read_the_second_time(mani
     assert len(checkpoints) == 4
     assert run() == first
     assert {path: path.stat().st_mtime_ns for path in checkpoints} == checkpoints
+    with pytest.raises(ConfigError, match=r"train.num_epochs=2 \(was 1\); choose another --out for 'conv'"):
+        run("train.num_epochs=2")
+    other_variants = {"a_new_one": {}, "conv": {"set": ["model.head.kind=conv"]}}
+    with pytest.raises(
+        ConfigError, match=r"model.head.kind='cvft' \(was 'conv'\); choose another --out for 'a_new_one'"
+    ):
+        run(variants=other_variants)
