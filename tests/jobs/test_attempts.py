@@ -1,11 +1,14 @@
+import json
 import threading
 from pathlib import PurePath
 
 import pytest
 
-from jobs import attempts, train
+from jobs import attempts, tracked, train
 from jobs.attempts import TakenOverError
+from jobs.run_file import RUN_FILE
 from pipeline.storage import Store
+from pipeline.tracking.runs import Run
 
 
 @pytest.fixture
@@ -62,16 +65,20 @@ def test_of_groups_that_claim_at_once_exactly_one_holds_the_run(store):
     assert [holds(claim) for claim in claims].count(True) == 1
 
 
-def test_a_training_that_another_driver_takes_over_publishes_nothing_more(tiny, monkeypatch):
+def test_a_training_that_another_driver_takes_over_publishes_nothing_more_and_leaves_its_mlflow_run_open(
+    tiny, monkeypatch
+):
     config = tiny("train.num_epochs=4")
     store = Store.from_uri(config.folder)
 
-    def take_over(metrics):
+    def take_over(recorder, metrics):
         if metrics["epoch"] == 2:
             attempts.begin_attempt(store)
 
-    monkeypatch.setattr(train, "_recorder", lambda run: take_over)
+    monkeypatch.setattr(tracked.Recorder, "on_epoch", take_over)
     with pytest.raises(TakenOverError):
         train.train(config)
     steps = {int(path.parts[1].removeprefix("step-")) for path in map(PurePath, store.list("checkpoints"))}
     assert max(steps) <= 6  # three steps an epoch
+    run = Run(**json.loads(store.read_bytes(RUN_FILE))["run"])
+    assert run.client.get_run(run.run_id).info.status == "RUNNING"  # for the other driver
