@@ -41,7 +41,8 @@ class DataConfig:
         cache_gb: Gigabytes (10^9 bytes) that this folder may hold, those used least recently go first; none is no
             limit.
         cold_start_window: Number of shards that the first epoch mixes at a time, so that it begins before all shards of
-            a remote store are fetched; none mixes all pairs from the first epoch on.
+            a remote store are fetched; none mixes all pairs from the first epoch on. With `train.sampling.kind=hard`
+            that epoch has no hard negatives.
         keep_pixels: Where decoded pixels of both splits stay, so that each pair is decoded once: `host` memory, that of
             the `device` that trains, or nowhere (`never`). Each worker keeps whole splits.
     """
