@@ -22,13 +22,6 @@ def alive_nodes(ray):
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def wait_until(condition, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def mishaps(ray_cluster):
     from tests import mishaps  # noqa: PLC0415 (imports ray)
@@ -51,18 +44,26 @@ def runs(mishaps, manifest_uri, tracking_uri, tmp_path_factory):
 
 
 @pytest.fixture
-def spot_node(ray_cluster):
+def spot_node(ray_cluster, tmp_path):
     """A second node with one CPU."""
     ray = pytest.importorskip("ray")
     before = alive_nodes(ray)
     command = [Path(sys.executable).with_name("ray"), "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
     address = f"--address={ray.get_runtime_context().gcs_address}"
-    process = subprocess.Popen([*command, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(alive_nodes(ray)) > len(before))
-    (node,) = alive_nodes(ray) - before
-    yield node
-    process.terminate()
-    process.wait()
+    log = tmp_path / "node.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, address], stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 180
+        while not alive_nodes(ray) - before:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        (node,) = alive_nodes(ray) - before
+        yield node
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps, runs, spot_node):
