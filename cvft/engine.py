@@ -2,7 +2,7 @@
 
 They run in one process, under `torchrun` and inside a Ray Train worker alike: the world is whatever torch.distributed
 says it is. What a resumed training needs is the model, the loss, the optimizer and the step: the learning rate is a
-function of the step, and dropout one of the step and the pair.
+function of the step, and dropout and augmentation are functions of the step and the pair.
 
 Shape letters: B pairs of a batch, N pairs of a split, D descriptor values.
 """

@@ -1,7 +1,7 @@
 """A training's checkpoints: which one to go on from, and how new ones come about while it goes on.
 
-Rank 0 decides and writes; the others are told. No random state is kept: order, dropout and learning rate are functions
-of seed, step and pair.
+Rank 0 decides and writes; the others are told. No random state is kept: order, dropout, augmentation and learning rate
+are functions of seed, step and pair.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from cvft.averaging import WeightAverage
 from cvft.batch import Batch, prefetch
 from cvft.distributed import current_world, wrap_ddp
 from cvft.engine import Descriptors, DivergenceError, StepReport, embed, train_epoch
-from cvft.errors import TrainingError
+from cvft.errors import StoreError, TrainingError
 from cvft.loss import build_loss
 from cvft.model import build_model
 from cvft.optim import build_optimizer, build_schedule
@@ -230,11 +230,14 @@ class Training:
         self._saver.save(step=self.step, steps_per_epoch=steps, history=self.history, metrics=metrics or {})
 
     def _save_batch(self, error: DivergenceError) -> str:
-        """Write this rank's part of a batch on which the training diverged, and return the folder of all parts."""
+        """Write this rank's part of a batch on which the training diverged, and say where all parts are."""
         store, folder = Store.from_uri(self._config.folder), f"diverged/step-{error.step:08d}"
         names = "ground", "aerial", "index", "location_m"
         tensors = {name: getattr(error.batch, name).cpu().contiguous() for name in names}
-        store.write_bytes(f"{folder}/rank-{self._world.rank}.safetensors", safetensors.torch.save(tensors))
+        try:
+            store.write_bytes(f"{folder}/rank-{self._world.rank}.safetensors", safetensors.torch.save(tensors))
+        except StoreError as failure:  # where the training diverged matters more
+            return f"no file ({failure})"
         return store.uri(folder)
 
     def _open_data(self) -> Manifest:

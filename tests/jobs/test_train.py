@@ -41,6 +41,11 @@ def test_a_training_that_diverges_names_the_keys_and_keeps_the_pixels(tiny, tmp_
     saved = safetensors.torch.load_file(tmp_path / "runs/town/diverged/step-00000005/rank-0.safetensors")
     assert saved["ground"].shape == (4, 32, 176, 3)
     assert saved["index"].shape == (4,)
+    # A place that cannot be written does not hide why the training ended.
+    (tmp_path / "runs/other").mkdir()
+    (tmp_path / "runs/other/diverged").touch()
+    with pytest.raises(TrainingError, match=r"step 5: nan; keys \['\w+', .*\], pixels in no file \(.*diverged"):
+        train.train(tiny("train.num_epochs=1", "name=other"))
 
 
 def test_a_finished_run_is_only_reported_and_keeps_its_mlflow_run(tiny):
