@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> Evaluation:
     changes = overrides.get("preprocess", {})
     if not isinstance(changes, dict):
         raise ConfigError(f"preprocess: expected preprocess.key=value, got preprocess={changes!r}")
+    if arguments.view_seed < 0:
+        raise ConfigError(f"--view-seed {arguments.view_seed}: must not be negative")
     return evaluate_checkpoint(
         arguments.checkpoint,
         arguments.manifest,

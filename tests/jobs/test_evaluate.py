@@ -117,3 +117,9 @@ def test_a_limited_view_changes_the_queries_alone_and_is_the_same_in_any_batches
     arguments = ["--checkpoint", checkpoint, "--manifest", manifest_uri, "--fov", "400"]
     assert entry.main(evaluate.JOB, arguments) == 2
     assert "fov_deg: [400.0, 400.0] must be" in capfd.readouterr().err
+
+
+def test_a_negative_seed_of_the_view_is_refused_before_anything_is_read(capsys):
+    arguments = ["--checkpoint", "nowhere", "--manifest", "nowhere", "--view-seed", "-1"]
+    assert entry.main(evaluate.JOB, arguments) == 2
+    assert "--view-seed -1: must not be negative" in capsys.readouterr().err
