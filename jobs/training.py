@@ -26,6 +26,7 @@ from jobs.saving import Saver
 from pipeline.cache import ShardCache
 from pipeline.dataset import PairDataset
 from pipeline.evaluation import Queries
+from pipeline.kept_pixels import require_room
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 from pipeline.mining import HardNegatives, Places
@@ -251,11 +252,16 @@ class Training:
         self._train_loader = self._loader(self._train_set, order=order)
         self._eval_set = PairDataset(manifest, data.eval_split, cache=self._cache)
         self._eval_loader = self._loader(self._eval_set)
+        if keep_on := self._keep_on():  # each fits alone; nothing is decoded yet
+            both = self._train_loader.kept_bytes + self._eval_loader.kept_bytes
+            require_room(both, keep_on, what=f"splits {data.train_split!r} and {data.eval_split!r} together")
         self._queries = Queries.of_split(manifest, data.eval_split, train_split=data.train_split)
         return manifest
 
+    def _keep_on(self) -> torch.device | None:
+        return {"never": None, "host": torch.device("cpu"), "device": self._device}[self._config.data.keep_pixels]
+
     def _loader(self, dataset: PairDataset, order: Callable[[int], Indices] | None = None) -> Loader:
-        keepers = {"never": None, "host": torch.device("cpu"), "device": self._device}
         return Loader(
             dataset,
             preprocess=self._config.preprocess,
@@ -265,7 +271,7 @@ class Training:
             seed=self._config.train.seed,
             num_threads=self._config.data.num_threads,
             cold_start_window=self._config.data.cold_start_window,
-            keep_on=keepers[self._config.data.keep_pixels],
+            keep_on=self._keep_on(),
             order=order,
         )
 

@@ -73,13 +73,7 @@ class KeptPixels:
         self._device = device
         self._table: _Table | None = None
         self.num_bytes = len(dataset) * sum(3 * math.prod(shape) for shape in self._shapes)
-        free = free_bytes(device)
-        if free is not None and self.num_bytes > free:
-            raise ConfigError(
-                f"data.keep_pixels: the {len(dataset):,} pairs of split {dataset.split!r} take "
-                f"{self.num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory are free; "
-                "set it to never"
-            )
+        require_room(self.num_bytes, device, what=f"the {len(dataset):,} pairs of split {dataset.split!r}")
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """Yield the batch of each request, on the device that keeps the pixels.
@@ -141,6 +135,20 @@ class KeptPixels:
         torch.index_select(pixels, 0, rows, out=taken)
         taken[num_valid:] = 0  # padding is black, as a decoder leaves it
         return taken
+
+
+def require_room(num_bytes: int, device: torch.device, *, what: str) -> None:
+    """Refuse to keep more than fits into what is free of a device's memory.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
+    free = free_bytes(device)
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"data.keep_pixels: {what} take {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory "
+            "are free; set it to never"
+        )
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -79,6 +79,11 @@ class Loader:
                 decoder, dataset, preprocess=preprocess, size=size, num_global=batch_size, device=keep_on
             )
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the pixels that stay in memory once they are decoded."""
+        return self._decoder.num_bytes if isinstance(self._decoder, KeptPixels) else 0
+
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of a training epoch, from `first_step` on.
 
