@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -62,17 +63,18 @@ def s3_port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def ray_cluster(s3_port: int) -> Iterator[None]:
     # Ray 2.60 switches token authentication on by itself, and writes a token below the home folder, unless told.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray = pytest.importorskip("ray")
-    folder = tmp_path_factory.mktemp("ray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
-    yield
-    ray.shutdown()
+    # Not below pytest's own folder: Ray makes sockets in it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", ResourceWarning)
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
