@@ -20,6 +20,7 @@ from cvft.augment import AugmentConfig
 from cvft.config import LossConfig, ModelConfig, OptimizerConfig, Precision, PreprocessConfig
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
+from jobs.tracking_config import TrackingConfig
 from pipeline.mining import SamplingConfig
 from pipeline.schema import TRAIN, VAL
 
@@ -157,28 +158,6 @@ class TrainConfig:
     def max_workers(self) -> int:
         """The most workers to train with."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where MLflow keeps runs and models.
-
-    Attributes:
-        uri: Tracking URI; relative sqlite paths are relative to the working directory.
-        experiment: Experiment's name.
-        log_every_steps: Number of steps whose means go to MLflow together.
-        registered_model: Name under which `train` registers its best checkpoint; none registers nothing.
-        alias: Alias that is moved to it.
-    """
-
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str = "cvft"
-    log_every_steps: int = 10
-    registered_model: str | None = None
-    alias: str = "champion"
-
-    def __post_init__(self) -> None:
-        require(self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

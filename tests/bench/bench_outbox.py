@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 
 from cvft.engine import StepReport
-from jobs.config import TrackingConfig
 from jobs.tracked import StepMetrics
+from jobs.tracking_config import TrackingConfig
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.runs import Run, create_run
 from pipeline.tracking.server import prepare

@@ -1,0 +1,29 @@
+"""What of a configuration says where MLflow keeps runs and models, and what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cvft.configuration import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps runs and models.
+
+    Attributes:
+        uri: Tracking URI; relative sqlite paths are relative to the working directory.
+        experiment: Experiment's name.
+        log_every_steps: Number of steps whose means go to MLflow together.
+        registered_model: Name under which `train` registers its best checkpoint; none registers nothing.
+        alias: Alias that is moved to it.
+    """
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "cvft"
+    log_every_steps: int = 10
+    registered_model: str | None = None
+    alias: str = "champion"
+
+    def __post_init__(self) -> None:
+        require(self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} must be at least 1")
