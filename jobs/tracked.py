@@ -30,7 +30,9 @@ ENVIRONMENT_FILE = "environment.txt"
 RECORDER_CLOSE_S = 5.0  # `finish_run` waits longer; a node that is about to go must not
 
 
-def open_run(config: ExperimentConfig, manifest: Manifest, *, known: Run | None, is_continued: bool) -> Run:
+def open_run(
+    config: ExperimentConfig, manifest: Manifest, *, known: Run | None, is_continued: bool, parent: Run | None = None
+) -> Run:
     """Open the MLflow run of a training, and tell it what is trained on what.
 
     Args:
@@ -38,13 +40,14 @@ def open_run(config: ExperimentConfig, manifest: Manifest, *, known: Run | None,
         manifest: Its data.
         known: The run that the training's folder names, if it names one.
         is_continued: Whether the folder holds a training of this configuration; else the run is a new one.
+        parent: The run that a new one is shown below, such as that of a search; one that goes on keeps its own.
 
     Raises:
         StoreUnavailableError: MLflow does not answer, and no run is known that could be told later.
         StoreError: MLflow or the folder cannot be used.
     """
     try:
-        run = _find_or_create(config, known=known, is_continued=is_continued)
+        run = _find_or_create(config, known=known, is_continued=is_continued, parent=parent)
     except StoreUnavailableError as error:
         if not is_continued or known is None or known.uri != resolve(config.tracking.uri)[0]:
             raise
@@ -152,7 +155,7 @@ def _outbox(config: ExperimentConfig, run: Run) -> Outbox:
     return Outbox(run, config.folder, cache=default_cache().parent)
 
 
-def _find_or_create(config: ExperimentConfig, *, known: Run | None, is_continued: bool) -> Run:
+def _find_or_create(config: ExperimentConfig, *, known: Run | None, is_continued: bool, parent: Run | None) -> Run:
     tracking = prepare(config.tracking.uri, experiment=config.tracking.experiment)
     identity = Store.from_uri(config.folder).uri()
     with store_errors(tracking.uri):
@@ -160,4 +163,4 @@ def _find_or_create(config: ExperimentConfig, *, known: Run | None, is_continued
         if is_continued:
             run = get_run(tracking, known.run_id) if known is not None else None
             run = run or find_run(tracking, identity=identity)
-        return run or create_run(tracking, name=config.name, identity=identity)
+        return run or create_run(tracking, name=config.name, identity=identity, parent=parent)

@@ -14,7 +14,7 @@ from pipeline.tracking.spool import Entry, Spool
 
 _LOGGER = logging.getLogger(__name__)
 # The calls of a Run that may wait in a spool; their arguments are plain JSON.
-DEFERRED = frozenset({"set_tags", "log_config", "log_dataset", "log_text", "resume", "finish"})
+DEFERRED = frozenset({"set_tags", "log_config", "log_dataset", "log_text", "log_folder", "resume", "finish"})
 
 
 class Delivery:
@@ -41,7 +41,8 @@ class Delivery:
         """Send everything that is pending and return the number of entries; the caller holds `Spool.sending`.
 
         Raises:
-            MlflowException, SQLAlchemyError, OSError: MLflow does not answer; what it has taken is remembered.
+            MlflowException, SQLAlchemyError, OSError, StoreError: MLflow, or a store whose files it takes, does not
+                answer; what it has taken is remembered.
         """
         if self._sent != self._spool.sent:  # the first time, or another process has sent meanwhile
             self._steps.clear()

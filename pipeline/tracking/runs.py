@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +19,11 @@ from typing import Any, Literal, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from cvft.configuration import dotted_values
+from cvft.errors import StoreError
+from pipeline.storage import Store
 from pipeline.tracking.server import Tracking, is_refusal, store_errors, tracking_client
 
 T = TypeVar("T")
@@ -101,6 +106,31 @@ class Run:
         for path in paths:
             self.client.log_artifact(self.run_id, str(path), artifact_path)
 
+    def log_folder(self, source: str, artifact_path: str) -> None:
+        """Copy all files below a folder into the run's artifacts, below `artifact_path`.
+
+        Args:
+            source: URI of the folder, as `Store` takes it. Where the call waits in a spool it is read only when MLflow
+                takes it, so that it must stay: a folder beside the run's checkpoints does.
+            artifact_path: Folder among the artifacts.
+
+        Raises:
+            StoreError: There is no file below it, or it cannot be read.
+        """
+        store = Store.from_uri(source)
+        paths = store.list()
+        if not paths:
+            raise StoreError(f"{store.uri()}: holds no file to log as an artifact")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = store.local_path("") or Path(temporary)
+            if folder == Path(temporary):
+                for path in paths:
+                    copy = folder / path
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with store.open_input(path) as stream, copy.open("wb") as file:
+                        shutil.copyfileobj(stream, file, 1 << 20)
+            self.client.log_artifacts(self.run_id, str(folder), artifact_path)
+
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text file into the run's artifacts."""
         self.client.log_text(self.run_id, text, artifact_file)
@@ -127,6 +157,7 @@ def open_run(
     config: Mapping[str, Any],
     commit: str | None = None,
     tags: Mapping[str, str] | None = None,
+    parent: Run | None = None,
 ) -> Run:
     """Continue the run of this identity, or start it.
 
@@ -137,6 +168,7 @@ def open_run(
         config: The resolved configuration, see `Run.log_config`.
         commit: Commit of the code.
         tags: Further tags.
+        parent: The run that a new one is shown below; one that is continued keeps its own.
 
     Raises:
         StoreError: MLflow cannot use the place.
@@ -144,7 +176,7 @@ def open_run(
     with store_errors(tracking.uri):
         run = find_run(tracking, identity=identity)
         if run is None:
-            run = create_run(tracking, name=name, identity=identity)
+            run = create_run(tracking, name=name, identity=identity, parent=parent)
         else:
             run.resume()
         run.log_config(config)
@@ -152,9 +184,9 @@ def open_run(
     return run
 
 
-def create_run(tracking: Tracking, *, name: str, identity: str) -> Run:
+def create_run(tracking: Tracking, *, name: str, identity: str, parent: Run | None = None) -> Run:
     """Start a run, see `open_run`."""
-    tags = {IDENTITY_TAG: _hash(identity)}
+    tags = {IDENTITY_TAG: _hash(identity), **({MLFLOW_PARENT_RUN_ID: parent.run_id} if parent else {})}
     created = tracking_client(tracking.uri).create_run(tracking.experiment_id, run_name=name, tags=tags)
     return Run(uri=tracking.uri, run_id=created.info.run_id)
 

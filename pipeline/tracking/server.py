@@ -22,8 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from cvft.errors import StoreError, StoreUnavailableError
 
 SQLITE = "sqlite:///"
-# What MLflow raises where a place cannot be used.
-STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+# What is raised where a place cannot be used: by MLflow, and by a store whose files are to go there.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, StoreError)
 # Answers that stay the same however often one asks; a proxy in front of an absent server gives none of them.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 # The client's own requests; what the environment says comes first. MLflow would try an absent server for minutes.
@@ -87,7 +87,9 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether MLflow answered no, and would do so again."""
+    """Tell whether MLflow, or a store whose files it was to take, answered no and would do so again."""
+    if isinstance(error, StoreError):
+        return not isinstance(error, StoreUnavailableError)
     return isinstance(error, MlflowException) and error.error_code in _REFUSALS
 
 

@@ -225,3 +225,18 @@ def test_whatever_is_torn_lost_or_away_every_kept_step_arrives_once_with_its_fir
                 file.write(b'{"step": 999999, "metr')
     open_outbox(run, tmp_path).close()
     assert history(run) == sorted(expected.items())
+
+
+def test_a_folder_waits_where_it_lies_and_one_that_is_gone_holds_up_nothing(run, tmp_path, caplog):
+    for name in ("kept", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"png")
+    with open_outbox(absent(run), tmp_path) as outbox:
+        for name in ("gone", "kept"):
+            outbox.defer(Run.log_folder, source=str(tmp_path / name), artifact_path=name)
+        outbox.log_metrics({"loss": 1.0}, step=1)
+    shutil.rmtree(tmp_path / "gone")
+    open_outbox(run, tmp_path).close()
+    assert history(run) == [(1, 1.0)]
+    assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["kept"]
+    assert "gone: holds no file to log as an artifact; kept in" in caplog.text

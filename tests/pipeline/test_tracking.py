@@ -2,12 +2,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
 from cvft.errors import StoreError, StoreUnavailableError
+from pipeline.storage import Store
 from pipeline.tracking.environment import environment_text
 from pipeline.tracking.runs import Run, find_run, open_run
 from pipeline.tracking.server import prepare, tracking_client
@@ -128,3 +130,38 @@ def test_an_environment_is_told_in_the_same_words_every_time():
     names = [package.split("==")[0] for package in packages]
     assert names == sorted(set(names))
     assert {"mlflow", "ray", "torch"} <= set(names)
+
+
+def test_a_run_is_shown_below_its_parent_and_keeps_it_when_it_goes_on(tracking):
+    search, other = (open_run(tracking, name=name, identity=name, config={}) for name in ("search", "other search"))
+    trial = open_run(tracking, name="trial", identity="trial", config={}, parent=search)
+    assert open_run(tracking, name="trial", identity="trial", config={}, parent=other) == trial
+    children = client(tracking).search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{search.run_id}'")
+    assert [child.info.run_id for child in children] == [trial.run_id]
+    assert "mlflow.parentRunId" not in client(tracking).get_run(search.run_id).data.tags
+
+
+def _folder_with_pictures(store):
+    store.write_bytes("a.png", b"one")
+    store.write_bytes("below/b.png", b"two")
+    return store.uri()
+
+
+def _artifacts(run, path):
+    client_, found = run.client, {}
+    for item in client_.list_artifacts(run.run_id, path):
+        if item.is_dir:
+            found |= _artifacts(run, item.path)
+        else:
+            found[item.path] = Path(client_.download_artifacts(run.run_id, item.path)).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.objectstore)])
+def test_a_folder_of_any_store_becomes_artifacts(tracking, tmp_path, place, request):
+    folder = request.getfixturevalue("s3_uri") if place == "s3" else tmp_path / "pictures"
+    run = open_run(tracking, name="pictures", identity=f"pictures {place}", config={})
+    run.log_folder(source=_folder_with_pictures(Store.from_uri(folder)), artifact_path="report")
+    assert _artifacts(run, "report") == {"report/a.png": b"one", "report/below/b.png": b"two"}
+    with pytest.raises(StoreError, match="holds no file to log"):
+        run.log_folder(source=f"{folder}/nothing", artifact_path="report")
