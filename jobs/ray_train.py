@@ -138,6 +138,7 @@ def _run_worker(settings: dict[str, Any]) -> str:
                 on_step=None if record is None else record.on_step,
                 should_leave=leaving,
                 guard=guard,
+                on_saved=None if record is None else record.on_saved,
             )
     except attempts.TakenOverError:
         raise

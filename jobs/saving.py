@@ -22,7 +22,7 @@ from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
 from jobs.progress import History, StateOwner
 from pipeline.cache import default_cache
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoint_writer import CheckpointWriter, OnWritten
 from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
 from pipeline.patience import patiently
 
@@ -54,8 +54,12 @@ class Saver:
         manifest_digest: str,
         guard: Callable[[], None] | None = None,
         weights: Callable[[], Mapping[str, Tensor]] | None = None,
+        on_saved: OnWritten | None = None,
     ) -> None:
-        """Take hold of what is saved; see `jobs.worker.train` for `guard`, `take_snapshot` for `weights`."""
+        """Take hold of what is saved.
+
+        `guard` and `on_saved` are those of `jobs.worker.train`, `weights` is that of `take_snapshot`.
+        """
         self._config = config
         self._model = model
         self._optimizer = optimizer
@@ -64,6 +68,7 @@ class Saver:
         self._manifest_digest = manifest_digest
         self._guard = guard
         self._weights = weights
+        self._on_saved = on_saved
         self._folder = checkpoints_of(config)
         self._writer: CheckpointWriter | None = None  # on rank 0 alone
         self._last_name = ""
@@ -108,6 +113,7 @@ class Saver:
             keep_last=self._config.train.keep_last,
             patience_s=self._config.train.store_patience_s,
             guard=self._guard,
+            on_written=self._on_saved,
         )
         return name
 

@@ -5,9 +5,11 @@ All goes through `pipeline.tracking.outbox`; MLflow must be there when a trainin
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -18,10 +20,13 @@ from jobs.commit import code_commit
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
 from jobs.resources import Utilization, memory_metrics
+from jobs.saving import checkpoints_of
 from pipeline.cache import default_cache
+from pipeline.checkpoints import checkpoint_name
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.environment import environment_text
+from pipeline.tracking.external import EVALUATION, record_checkpoints
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.runs import COMMIT_TAG, Run, Status, create_run, find_run, get_run
 from pipeline.tracking.server import prepare, resolve, store_errors
@@ -59,32 +64,41 @@ def open_run(
         outbox.defer(Run.log_config, config=to_plain(config))
         tags = {"manifest_digest": manifest.digest, **({COMMIT_TAG: commit} if commit else {})}
         outbox.defer(Run.set_tags, tags=tags)
-        outbox.defer(
-            Run.log_dataset,
-            name=manifest.layout,
-            digest=manifest.digest,
-            source=manifest.uri,
-            context="training",
-            profile={"pairs": manifest.splits},
-        )
+        for context, split in (("training", config.data.train_split), (EVALUATION, config.data.eval_split)):
+            outbox.defer(
+                Run.log_dataset,
+                name=f"{manifest.layout} {split}",
+                digest=manifest.digest,
+                source=manifest.uri,
+                context=context,
+                profile={"split": split, "pairs": manifest.splits[split]},
+            )
         outbox.defer(Run.log_text, text=environment_text(commit=commit), artifact_file=ENVIRONMENT_FILE)
     return run
 
 
-def finish_run(config: ExperimentConfig, run: Run, status: Status) -> None:
-    """Close the MLflow run of a training; where that cannot even be kept for later, say so."""
+def finish_run(
+    config: ExperimentConfig, run: Run, status: Status, *, evaluations: Sequence[Mapping[str, float]] = ()
+) -> None:
+    """Close the MLflow run of a training; where that cannot even be kept for later, say so.
+
+    Args:
+        config: The experiment.
+        run: Its run.
+        status: How it ended.
+        evaluations: All of them: a process that died between a checkpoint and its record left one out.
+    """
     try:
         with _outbox(config, run) as outbox:
+            if evaluations:
+                outbox.defer(record_checkpoints, **_records(config, evaluations, kept=checkpoints_of(config).names()))
             outbox.defer(Run.finish, status=status, end_time_ms=int(time.time() * 1000))
     except StoreError as error:  # how the training ended matters more
         LOGGER.warning("the run in MLflow stays open: %s", error)
 
 
 class Recorder:
-    """Tells MLflow of a training under way; rank 0 alone makes one.
-
-    Its methods are the `on_step` and `on_epoch` of `jobs.worker.train`.
-    """
+    """Tells MLflow of a training under way; rank 0 alone makes one."""
 
     def __init__(self, config: ExperimentConfig, run: Run, device: torch.device) -> None:
         """Begin to send what an earlier process left, and then what comes.
@@ -92,8 +106,16 @@ class Recorder:
         Raises:
             StoreError: The training's folder cannot be read or written.
         """
+        self._config = config
         self._outbox = _outbox(config, run)
+        self._evaluating = threading.Lock()
+        self._evaluated: set[int] = set()
         self._steps = StepMetrics(self._outbox.log_metrics, every=config.tracking.log_every_steps, device=device)
+
+    @property
+    def hooks(self) -> dict[str, Any]:
+        """The arguments of `jobs.worker.train` that tell of it."""
+        return {"on_step": self.on_step, "on_epoch": self.on_epoch, "on_saved": self.on_saved}
 
     def on_step(self, report: StepReport) -> None:
         """Take the numbers of a step."""
@@ -101,7 +123,22 @@ class Recorder:
 
     def on_epoch(self, metrics: Mapping[str, float]) -> None:
         """Take the numbers of an evaluation."""
-        self._outbox.log_metrics(metrics, step=int(metrics["step"]))
+        self._log_evaluation(metrics)
+
+    def on_saved(self, document: Mapping[str, Any], kept: Sequence[str]) -> None:
+        """Take what a checkpoint that is durable says about itself, and the names of those that are there."""
+        evaluations = [document["metrics"]] if document["metrics"] else []
+        for metrics in evaluations:
+            self._log_evaluation(metrics)
+        self._outbox.defer(record_checkpoints, **_records(self._config, evaluations, kept=kept))
+
+    def _log_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Log an evaluation before its checkpoint is recorded: a small one may be written before the training tells."""
+        step = int(metrics["step"])
+        with self._evaluating:
+            if step not in self._evaluated:
+                self._evaluated.add(step)
+                self._outbox.log_metrics(metrics, step=step)
 
     def __enter__(self) -> Recorder:
         return self
@@ -149,6 +186,20 @@ def _means(reports: list[StepReport]) -> dict[str, float]:
         "train/data_wait_share": sum(report.data_wait_s for report in reports) / sum(seconds),
         "train/step_s": sum(report.step_s for report in reports) / len(reports),
     }
+
+
+def _records(
+    config: ExperimentConfig, evaluations: Iterable[Mapping[str, float]], *, kept: Sequence[str]
+) -> dict[str, Any]:
+    """Return the arguments of `record_checkpoints` for evaluations and what is there now."""
+    folder = checkpoints_of(config)
+    checkpoints = []
+    for metrics in evaluations:
+        step = int(metrics["step"])
+        recalls = {name: value for name, value in metrics.items() if name.startswith("recall_at_")}
+        name = checkpoint_name(step)
+        checkpoints.append({"name": name, "uri": folder.uri(name), "step": step, "metrics": recalls})
+    return {"model": config.name, "checkpoints": checkpoints, "kept": list(kept)}
 
 
 def _outbox(config: ExperimentConfig, run: Run) -> Outbox:

@@ -18,7 +18,7 @@ from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.errors import ClusterError, ConfigError
 from jobs import attempts, entry, run_file, tracked, worker
 from jobs.config import ExperimentConfig, load, preset_names
-from jobs.progress import History
+from jobs.progress import History, read_history
 from jobs.ray_train import train_on_ray
 from jobs.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
@@ -62,10 +62,11 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
             store = Store.from_uri(config.folder)
             guard = attempts.claim(store, attempts.begin_attempt(store)).check
             with tracked.Recorder(config, run, device) as record:
-                worker.train(config, device=device, on_epoch=record.on_epoch, on_step=record.on_step, guard=guard)
+                worker.train(config, device=device, guard=guard, **record.hooks)
         else:
             train_on_ray(config, run)
-        result = _result(config, run)
+        info = _newest_info(config)
+        result = _result(config, run, info)
         if config.tracking.registered_model is not None:
             result |= register(config, run, result)
     except attempts.TakenOverError:  # the run goes on elsewhere, in MLflow too
@@ -73,7 +74,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     except BaseException as error:
         tracked.finish_run(config, run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    tracked.finish_run(config, run, "FINISHED")
+    tracked.finish_run(config, run, "FINISHED", evaluations=read_history(info))
     return result
 
 
@@ -137,23 +138,22 @@ def _open_run(config: ExperimentConfig, manifest: Manifest) -> Run:
     return run
 
 
-def _newest_info(config: ExperimentConfig) -> CheckpointInfo | None:
+def _newest_info(config: ExperimentConfig) -> CheckpointInfo:
     found = newest_of(config)
-    return None if found is None else read_info(found[1])
+    if found is None:
+        raise RuntimeError(f"{config.folder}: the training ended without a checkpoint")
+    return read_info(found[1])
 
 
 def _is_finished(config: ExperimentConfig) -> bool:
-    info = _newest_info(config)
-    if info is None:
+    found = newest_of(config)
+    if found is None:
         return False
-    history = History(**info.training)
+    history = History(**read_info(found[1]).training)
     return history.is_finished(num_epochs=config.train.num_epochs, patience=config.train.early_stopping)
 
 
-def _result(config: ExperimentConfig, run: Run) -> dict[str, Any]:
-    info = _newest_info(config)
-    if info is None:
-        raise RuntimeError(f"{config.folder}: the training ended without a checkpoint")
+def _result(config: ExperimentConfig, run: Run, info: CheckpointInfo) -> dict[str, Any]:
     history = History(**info.training)
     return {
         "run_id": run.run_id,

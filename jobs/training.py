@@ -24,6 +24,7 @@ from jobs.entry import LOGGER
 from jobs.progress import AverageOwner, Curve, History, Metrics, StateOwner, StepLines, log_evaluation
 from jobs.saving import Saver
 from pipeline.cache import ShardCache
+from pipeline.checkpoint_writer import OnWritten
 from pipeline.dataset import PairDataset
 from pipeline.evaluation import Queries
 from pipeline.kept_pixels import require_room
@@ -54,12 +55,9 @@ class Training:
         on_step: OnStep | None = None,
         should_leave: ShouldLeave | None = None,
         guard: Callable[[], None] | None = None,
+        on_saved: OnWritten | None = None,
     ) -> None:
-        """Build or restore all parts; for the arguments see `jobs.worker.train`.
-
-        Raises:
-            CvftError: The configuration, the data or a checkpoint cannot be used.
-        """
+        """Build or restore all parts; arguments and errors are those of `jobs.worker.train`."""
         self._config = config
         self._device = device
         self._on_step = on_step
@@ -101,6 +99,7 @@ class Training:
             manifest_digest=manifest.digest,
             guard=guard,
             weights=None if self._average is None else self._average.weights,
+            on_saved=on_saved,
         )
         info = self._saver.restore()
         if info is not None:

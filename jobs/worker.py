@@ -13,6 +13,7 @@ import torch
 from jobs.config import ExperimentConfig
 from jobs.progress import Metrics
 from jobs.training import OnStep, ShouldLeave, Training
+from pipeline.checkpoint_writer import OnWritten
 
 OnEpoch = Callable[[Metrics], None]
 
@@ -25,6 +26,7 @@ def train(
     on_step: OnStep | None = None,
     should_leave: ShouldLeave | None = None,
     guard: Callable[[], None] | None = None,
+    on_saved: OnWritten | None = None,
 ) -> bool:
     """Train from the newest whole checkpoint, or from the start, to the last epoch or until recall stalls.
 
@@ -37,6 +39,8 @@ def train(
             them. True ends this call after a checkpoint of that very step.
         guard: Called in rank 0, by a thread in the background, before a checkpoint is published and before others are
             deleted; what it raises prevents both and ends the training.
+        on_saved: Called in rank 0, by that thread, once a checkpoint is durable and others are deleted, with what its
+            `checkpoint.json` says and the names of those that are there now.
 
     Returns:
         Whether the training is over, every checkpoint of it durable; False where it was told to leave.
@@ -44,7 +48,7 @@ def train(
     Raises:
         CvftError: The configuration, the data, the store or a checkpoint cannot be used.
     """
-    training = Training(config, device, on_step=on_step, should_leave=should_leave, guard=guard)
+    training = Training(config, device, on_step=on_step, should_leave=should_leave, guard=guard, on_saved=on_saved)
     try:
         while not training.is_over:
             if training.is_evaluation_due:

@@ -6,15 +6,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Any
 
 from cvft.snapshot import Snapshot
 from pipeline.background import BackgroundThreads
 from pipeline.checkpoints import CheckpointFolder
 from pipeline.patience import patiently
 
+OnWritten = Callable[[Mapping[str, Any], list[str]], None]
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -43,6 +45,7 @@ class CheckpointWriter:
         keep_last: int,
         patience_s: float,
         guard: Callable[[], None] | None = None,
+        on_written: OnWritten | None = None,
     ) -> None:
         """Prepare to write.
 
@@ -53,12 +56,15 @@ class CheckpointWriter:
             keep_last: Number of checkpoints that stay besides the best one.
             patience_s: How long a store may be away, see `patiently`.
             guard: Called before a checkpoint is published and before others are deleted; what it raises stops both.
+            on_written: Called by the thread once a checkpoint is durable and others are deleted, with the content
+                of its `checkpoint.json` and the names of those that are there now.
         """
         self._folder = folder
         self._written = list(present)
         self._keep_last = keep_last
         self._patience_s = patience_s
         self._guard = guard or _no_guard
+        self._on_written = on_written
         self._threads = BackgroundThreads(1, name="checkpoint")
         self._lock = threading.Lock()
         self._waiting: list[_Order] = []
@@ -122,6 +128,8 @@ class CheckpointWriter:
         self._written = [name for name in self._written if name != order.name] + [order.name]
         _LOGGER.info("%s written in %.1f s", order.name, time.monotonic() - begun)
         patiently(lambda: self._delete_others(order.best), patience_s=self._patience_s)
+        if self._on_written is not None:
+            self._on_written(order.snapshot.document, list(self._written))
 
     def _write(self, order: _Order) -> None:
         self._folder.write(order.name, order.snapshot, guard=self._guard)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mlflow.entities import Metric
 
+from pipeline.tracking.external import record_checkpoints
 from pipeline.tracking.runs import MAX_METRICS, Run
 from pipeline.tracking.server import STORE_ERRORS, is_refusal, reason_of
 from pipeline.tracking.spool import Entry, Spool
 
 _LOGGER = logging.getLogger(__name__)
-# The calls of a Run that may wait in a spool; their arguments are plain JSON.
-DEFERRED = frozenset({"set_tags", "log_config", "log_dataset", "log_text", "log_folder", "resume", "finish"})
+# What may wait in a spool: called with the run, and with arguments that are plain JSON.
+DEFERRED: dict[str, Callable[..., None]] = {
+    call.__name__: call
+    for call in (
+        Run.set_tags,
+        Run.log_config,
+        Run.log_dataset,
+        Run.log_text,
+        Run.log_folder,
+        Run.resume,
+        Run.finish,
+        record_checkpoints,
+    )
+}
 
 
 class Delivery:
@@ -82,7 +95,7 @@ class Delivery:
 
     def _send_contents(self, contents: list[dict[str, Any]]) -> None:
         if contents and "call" in contents[0]:
-            getattr(self._run, contents[0]["call"])(**contents[0]["arguments"])
+            DEFERRED[contents[0]["call"]](self._run, **contents[0]["arguments"])
             return
         metrics = self._missing(metric for content in contents for metric in _metrics(content))
         self._run.log_batches(metrics)

@@ -92,7 +92,7 @@ class Outbox:
         self._spool.append({"step": step, "timestamp_ms": _now_ms(), "metrics": dict(metrics)})
 
     def defer(self, call: Callable[..., None], **arguments: Any) -> None:
-        """Call a method of the run later, such as `Run.set_tags`; in the order of all that is kept here.
+        """Make a call with the run later, such as `Run.set_tags`; in the order of all that is kept here.
 
         Args:
             call: One of those in `DEFERRED`.

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 IDENTITY_TAG = "cvft.identity_sha256"
+CONTEXT_TAG = "mlflow.data.context"
 COMMIT_TAG = "mlflow.source.git.commit"
 MAX_PARAMS = 100  # per request
 MAX_METRICS = 1000  # per request
@@ -98,7 +99,7 @@ class Run:
             source=json.dumps({"uri": source}),
             profile=json.dumps({**(profile or {}), "manifest_digest": digest}),
         )
-        tags = [InputTag("mlflow.data.context", context)]
+        tags = [InputTag(CONTEXT_TAG, context)]
         self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
 
     def log_artifacts(self, paths: Iterable[Path], *, artifact_path: str | None = None) -> None:

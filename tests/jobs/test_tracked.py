@@ -58,6 +58,30 @@ def test_the_numbers_of_steps_are_in_mlflow_as_means_over_intervals(tiny):
     assert {"config.json", "environment.txt"} <= files
 
 
+def test_every_evaluation_is_a_model_in_mlflow_that_knows_whether_its_checkpoint_is_there(tiny):
+    config = tiny("train.num_epochs=5", "train.keep_last=1", "train.checkpoint_every_steps=3")
+    result = train.train(config)
+    run = _run(config, result)
+    folder = Path(result["checkpoint"]).parent
+    epochs = json.loads((sorted(folder.iterdir())[-1] / "checkpoint.json").read_text())["training"]["epochs"]
+    experiment = run.client.get_run(run.run_id).info.experiment_id
+    models = run.client.search_logged_models([experiment], f"source_run_id = '{run.run_id}'")
+    recalls = {
+        model.tags["checkpoint_uri"]: {metric.key: metric.value for metric in model.metrics}["recall_at_1"]
+        for model in models
+    }
+    assert recalls == {str(folder / f"step-{epoch['step']:08d}"): epoch["recall_at_1"] for epoch in epochs}
+    assert {model.tags["checkpoint_uri"] for model in models if model.tags["is_kept"] == "true"} == {
+        str(path) for path in folder.iterdir()
+    }
+    assert _history(run, "recall_at_1") == [(epoch["step"], epoch["recall_at_1"]) for epoch in epochs]
+    inputs = run.client.get_run(run.run_id).inputs.dataset_inputs
+    assert {found.tags[0].value: json.loads(found.dataset.profile)["split"] for found in inputs} == {
+        "training": "train",
+        "evaluation": "val",
+    }
+
+
 def test_speed_and_waiting_are_those_of_the_whole_interval():
     logged = []
     metrics = StepMetrics(lambda values, step: logged.append((step, values)), every=2, device=torch.device("cpu"))
