@@ -19,6 +19,7 @@ SUMMARIES = {
     "evaluate": "measure a checkpoint's recall on a manifest",
     "report": "make the HTML report of a checkpoint",
     "ablate": "compare variants on the same pairs with several seeds",
+    "submit": "run any of these on a Ray cluster, and follow it",
     "import_official": "turn the authors' TensorFlow checkpoint into ours",
 }
 

@@ -1,6 +1,7 @@
 """What every entry point shares: arguments in, one line of JSON out, an exit code that tells whose fault it is.
 
 Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a fault of ours, with its traceback.
+`cvft submit` ends with the exit code of the job that it submitted.
 Everything but the result goes to standard error, so that the last line of standard output is the result.
 """
 
@@ -36,6 +37,9 @@ class Job:
         example: A command that works as it is printed.
         add_arguments: Declares the arguments.
         run: Does the work and returns the result, which must be plain JSON data.
+        resolve: Returns what the arguments mean as plain data and refuses what is wrong with them, without touching
+            data, stores or clusters; none takes the arguments as they are. See `jobs.submission`.
+        takes_command: Everything from the first argument without a dash on is the command of another job.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Job:
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]
+    resolve: Callable[[argparse.Namespace], dict[str, Any]] | None = None
+    takes_command: bool = False
 
 
 class FailedResultError(CvftError):
@@ -53,6 +59,15 @@ class FailedResultError(CvftError):
         self.result = result
 
 
+class EndedElsewhereError(Exception):
+    """A job that ran on a cluster and whose output has been shown: this process ends as that one did."""
+
+    def __init__(self, message: str, *, code: int, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.result = result
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -60,14 +75,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Run a job from the command line and return its exit code."""
-    parser = _OneLineParser(
-        prog=f"cvft {job.name}",
-        description=job.summary,
-        epilog=f"example:\n  {job.example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    job.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(argv)  # overrides may stand on either side of an option
+    arguments = parse_arguments(job, argv)
     log_to_stderr()
     try:
         with _stdout_to_stderr():
@@ -75,6 +83,11 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"cvft {job.name}: interrupted; the same command continues where it can\n")
         return 130
+    except EndedElsewhereError as ended:
+        sys.stderr.write(f"cvft {job.name}: {ended}\n")
+        if ended.result is not None:
+            sys.stdout.write(json.dumps(ended.result) + "\n")
+        return ended.code
     except Exception as error:
         user_error = find_user_error(error)
         if user_error is None:
@@ -85,6 +98,19 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return 2
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def parse_arguments(job: Job, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a job's arguments; a wrong one ends the process with one line and exit code 2."""
+    parser = _OneLineParser(
+        prog=f"cvft {job.name}",
+        description=job.summary,
+        epilog=f"example:\n  {job.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    job.add_arguments(parser)
+    # Overrides may stand on either side of an option.
+    return parser.parse_args(argv) if job.takes_command else parser.parse_intermixed_args(argv)
 
 
 def find_user_error(error: BaseException) -> CvftError | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cvft.checkpoint import CheckpointInfo, read_info
+from cvft.configuration import to_plain
 from cvft.errors import ClusterError, ConfigError
 from jobs import attempts, entry, run_file, tracked, worker
 from jobs.config import ExperimentConfig, load, preset_names
@@ -169,12 +170,17 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     return train(load(arguments.config, arguments.overrides))
 
 
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    return to_plain(load(arguments.config, arguments.overrides))
+
+
 JOB = entry.Job(
     name="train",
     summary="Train a network on a manifest; the same name goes on where it stopped.",
     example="cvft train --config town data.manifest=$(ls demo/shards/manifests/*.parquet) train.workers=1 name=mine",
     add_arguments=add_config_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

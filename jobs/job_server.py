@@ -1,0 +1,251 @@
+"""A cluster's job server: attempts of a submission, one at a time, and what they print.
+
+Ray refuses a second job under one submission id. All that is promised about double submissions rests on it: whoever
+submits an attempt that somebody else has just submitted is refused, looks again, and finds that one.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from cvft.errors import ClusterError, ConfigError
+from jobs.submission import Submission
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_NODE_LOST = "JOB_SUPERVISOR_ACTOR_DIED"
+_NEWS_S = 15.0
+_NEVER = "No available node types can fulfill resource requests"
+_HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTALL)
+
+
+class AwayError(ClusterError):
+    """The cluster does not answer; it may do so later."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One job on the cluster."""
+
+    id: str
+    status: str
+    entrypoint: str
+    message: str
+    exit_code: int | None
+    metadata: Mapping[str, str]
+    needs: Mapping[str, float]
+    is_labelled: bool
+    is_node_lost: bool
+    started_ms: int
+
+    @classmethod
+    def of(cls, details: JobDetails) -> Attempt:
+        """Take what is used from Ray's record."""
+        metadata = details.metadata or {}
+        return cls(
+            id=str(details.submission_id),
+            status=str(details.status.value),
+            entrypoint=details.entrypoint,
+            message=" ".join((details.message or "").split()),
+            exit_code=details.driver_exit_code,
+            metadata=metadata,
+            needs={name: float(value) for name, value in json.loads(metadata.get("cvft_needs", "{}")).items()},
+            is_labelled="cvft_labels" in metadata,
+            is_node_lost=details.error_type == _NODE_LOST,
+            started_ms=details.start_time or 0,
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not change any more."""
+        return bool(JobStatus(self.status).is_terminal())
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a submission is to be run.
+
+    Attributes:
+        archive: The code that is sent; none runs what the nodes hold.
+        variables: What is added to the environment of its processes.
+        needs: CPU and GPU for the job's own process.
+        labels: Of the node that it runs on.
+        metadata: What is kept with it besides.
+    """
+
+    archive: Path | None
+    variables: Mapping[str, str]
+    needs: Mapping[str, float]
+    labels: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+class JobServer:
+    """Speaks to the job server of one cluster; what it refuses becomes one line."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect.
+
+        Args:
+            address: `http://HEAD:8265`; none is RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.
+
+        Raises:
+            ClusterError: Nothing answers there, or it refuses this token.
+        """
+        if address is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables to what it is told
+        named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
+        self.address = named
+        for part in ("job.sdk", "dashboard_sdk"):  # would tell of sockets that close and packages that are there
+            logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
+        with self._errors():
+            self._client = JobSubmissionClient(named)
+            self.address = self._client.get_address()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the cluster's head is this machine."""
+        host = re.sub(r"^\w+://|[:/].*$", "", self.address.removeprefix("http://").removeprefix("https://"))
+        return host in ("localhost", "127.0.0.1", "0.0.0.0")
+
+    def attempts(self, submission: Submission) -> list[Attempt]:
+        """Return the attempts of a submission, oldest first.
+
+        Raises:
+            ConfigError: Its name belongs to another request.
+        """
+        pattern = re.compile(re.escape(submission.name) + r"(-\d+)?")
+        found = [item for item in self.all() if pattern.fullmatch(item.id) and item.id != ""]
+        found = [item for item in found if item.metadata.get("cvft_submission", submission.name) == submission.name]
+        for item in found:
+            if item.metadata.get("cvft_request") != submission.digest:
+                raise ConfigError(f"--name {submission.name}: {item.id} is another job ({item.entrypoint}); choose one")
+        return sorted(found, key=lambda item: (len(item.id), item.id))
+
+    def all(self) -> list[Attempt]:
+        """Return all jobs that were submitted, oldest first."""
+        with self._errors():
+            jobs = self._client.list_jobs()
+        attempts = [Attempt.of(job) for job in jobs if job.submission_id is not None]
+        return sorted(attempts, key=lambda attempt: attempt.started_ms)
+
+    def get(self, job_id: str) -> Attempt:
+        """Return the job with this id.
+
+        Raises:
+            ClusterError: There is none.
+        """
+        with self._errors():
+            return Attempt.of(self._client.get_job_info(job_id))
+
+    def stop(self, job_id: str) -> None:
+        """Ask a job to end."""
+        with self._errors():
+            self._client.stop_job(job_id)
+
+    def submit(self, submission: Submission, number: int, request: Request) -> bool:
+        """Submit an attempt; return false where somebody else has just submitted it."""
+        metadata = {
+            "cvft_submission": submission.name,
+            "cvft_request": submission.digest,
+            "cvft_needs": json.dumps(request.needs),
+            **({"cvft_labels": json.dumps(request.labels)} if request.labels else {}),
+            **request.metadata,
+        }
+        code = {} if request.archive is None else {"working_dir": str(request.archive)}
+        try:
+            with self._errors():
+                self._client.submit_job(
+                    submission_id=submission.attempt(number),
+                    entrypoint=submission.entrypoint,
+                    runtime_env={**code, "env_vars": {"PYTHONUNBUFFERED": "1", **request.variables}},
+                    metadata=metadata,
+                    entrypoint_num_cpus=request.needs.get("CPU"),
+                    entrypoint_num_gpus=request.needs.get("GPU"),
+                    entrypoint_label_selector=dict(request.labels) or None,
+                )
+        except ClusterError as error:
+            if "already exists" not in str(error):
+                raise
+            return False
+        return True
+
+    def logs(self, job_id: str) -> str:
+        """Return what a job has printed; "" where that is gone with its node."""
+        with contextlib.suppress(ClusterError), self._errors():
+            return str(self._client.get_job_logs(job_id))
+        return ""
+
+    def tail(self, job_id: str) -> AsyncIterator[str]:
+        """Yield all that a job has printed and prints, until it is over or the connection breaks."""
+        return cast(AsyncIterator[str], self._client.tail_job_logs(job_id))
+
+    def lacks(self) -> str:
+        """Return what the cluster says is asked of it and is not there, for people; "" where it lacks nothing."""
+        data = self._ask("/api/cluster_status", format=1)
+        demands = str(data.get("clusterStatus") or "").partition("Pending Demands:")[2]
+        return "" if "(no resource demands)" in demands else " ".join(demands.split())
+
+    def never_holds(self, attempt: Attempt) -> bool:
+        """Tell whether the autoscaler says that no type of node can hold a job that has not begun, whatever it adds."""
+        if attempt.status != "PENDING" or not attempt.needs:
+            return False
+        events = self._ask("/events").get("events", {}).get("global", [])
+        for event in events:
+            said, is_new = event["message"], time.time() - float(event["timestamp"]) < _NEWS_S
+            if event["sourceType"] != "AUTOSCALER" or not is_new or not said.startswith(_NEVER):
+                continue
+            if attempt.is_labelled or "label selectors" not in said:
+                resources = [ast.literal_eval(found) for found in re.findall(r"\{[^}]*\}(?=\*)", said)]
+                if attempt.needs in resources:
+                    return True
+        return False
+
+    def _ask(self, path: str, **parameters: int) -> dict[str, Any]:
+        """Ask the dashboard, beside the job server."""
+        with self._errors():
+            reply = self._client._do_request("GET", path, params=parameters)
+        if reply.status_code != 200:  # a dashboard that leaves this out
+            return {}
+        return cast(dict[str, Any], reply.json().get("data") or {})
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError as error:
+            refused = str(error).partition("\n")[0]
+            raise ClusterError(
+                f"{self.address} refuses this client ({refused}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to the cluster's token"
+            ) from error
+        except (ConnectionError, requests.RequestException) as error:
+            raise AwayError(
+                f"{self.address}: no Ray job server answers there; name the cluster's with --address "
+                "http://HEAD:8265 or RAY_API_SERVER_ADDRESS"
+            ) from error
+        except RuntimeError as error:
+            found = _HTTP_ERROR.match(str(error))
+            if found is None:
+                raise
+            reason = _last_line(found[2])
+            raise ClusterError(f"{self.address} answers {found[1]}: {reason[:300]}") from error
+
+
+def _last_line(text: str) -> str:
+    """Return the end of a traceback, or the whole of something shorter."""
+    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,195 @@
+"""Run a job on a Ray cluster, and follow it.
+
+    python -m jobs.submit --address http://HEAD:8265 train --config official data.manifest=s3://bucket/cvusa ...
+
+The same as `ray job submit --working-dir . -- python -m jobs.train ...`, which works too, with what people forget: the
+arguments are checked before anything is sent, code is sent without data, the same request is never run twice at a time,
+and the exit status is the job's. Ctrl-C leaves the job running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cvft.errors import ConfigError
+from jobs import entry
+from jobs.cli import SUMMARIES
+from jobs.commit import code_commit
+from jobs.entry import LOGGER, EndedElsewhereError
+from jobs.following import Follower, find_result
+from jobs.job_server import Attempt, JobServer, Request
+from jobs.package import collect, pack
+from jobs.submission import Submission, check_places, environment, read
+
+JOBS = tuple(name for name in SUMMARIES if name != "submit")
+_RACES = 10
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", help="http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)"
+    )
+    parser.add_argument("--name", help="submission id (default: made of the job, its name and what its arguments mean)")
+    parser.add_argument("--working-dir", default=".", help="checkout that is sent, or `none` for what the nodes hold")
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="files not to send; repeat it"
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="variable to pass, or a pattern such as 'AWS_*'; whoever may ask the cluster for its jobs can read it",
+    )
+    parser.add_argument("--num-cpus", type=float, help="CPUs for the job's own process (default: what it needs)")
+    parser.add_argument("--num-gpus", type=float, default=0.0, help="GPUs for the job's own process (default: 0)")
+    parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="of the node that it runs on")
+    parser.add_argument("--retries", type=int, default=2, help="new attempts when its node is lost (default: 2)")
+    parser.add_argument("--again", action="store_true", help="run it although the same has finished")
+    parser.add_argument("--no-wait", action="store_true", help="do not follow it")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="list the cluster's jobs instead")
+    what.add_argument("--attach", metavar="ID", help="follow a job that is there instead")
+    what.add_argument("--stop", metavar="ID", help="end a job that is there instead")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="JOB ...", help="a job and its arguments")
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if arguments.list or arguments.attach or arguments.stop:
+        if command:
+            raise ConfigError(f"{command[0]}: --list, --attach and --stop take no job")
+        return _on_what_is_there(arguments)
+    submission = read(command, known=JOBS, name=arguments.name)
+    folder = None if arguments.working_dir == "none" else Path(arguments.working_dir)
+    names = [] if folder is None else collect(folder, exclude=arguments.exclude)
+    local = check_places(submission, working_dir=folder, names=names)
+    variables = environment(arguments.env)
+    labels = _labels(arguments.label)
+    server = JobServer(arguments.address)
+    if local and not server.is_here:
+        LOGGER.warning("%s: every node of %s must see the same there", ", ".join(local), server.address)
+    with tempfile.TemporaryDirectory(prefix="cvft-") as scratch:
+        archive = None
+        if folder is not None:
+            archive = Path(scratch) / "code.zip"
+            size = pack(folder, names, archive)
+            LOGGER.info("code: %d files of %s, %.2f MB packed", len(names), folder.resolve(), size / 1e6)
+        if variables:
+            LOGGER.info("passed on, readable for whoever may ask the cluster: %s", ", ".join(sorted(variables)))
+        cpus = submission.num_cpus if arguments.num_cpus is None else arguments.num_cpus
+        request = Request(
+            archive=archive,
+            variables=variables,
+            needs={name: number for name, number in (("CPU", cpus), ("GPU", arguments.num_gpus)) if number},
+            labels=labels,
+            metadata={"cvft_commit": code_commit() or "unknown"},
+        )
+        for retry in range(arguments.retries + 1):
+            attempt = _enter(server, submission, request, is_again=arguments.again and retry == 0)
+            if arguments.no_wait:
+                return {"submission_id": attempt.id, "status": attempt.status, "address": server.address}
+            attempt, output = _follow(server, attempt)
+            if not attempt.is_node_lost or retry == arguments.retries:
+                break
+            LOGGER.warning("%s was lost with its node (%s); submitting it again", attempt.id, attempt.message[:200])
+    return _end(attempt, output)
+
+
+def _enter(server: JobServer, submission: Submission, request: Request, *, is_again: bool) -> Attempt:
+    """Return the attempt that does what is asked: one that is there, or a new one."""
+    for _ in range(_RACES):
+        attempts = server.attempts(submission)
+        newest = attempts[-1] if attempts else None
+        # One that never starts, for needs that are mended now, is in nobody's way: it was told to stop, if it did.
+        is_stuck = newest is not None and newest.needs != request.needs and server.never_holds(newest)
+        if newest is not None and not newest.is_over and not is_stuck:
+            LOGGER.info("%s is the same request and is %s: following it", newest.id, newest.status)
+            return newest
+        if newest is not None and newest.status == "SUCCEEDED" and not is_again:
+            LOGGER.info("%s is the same request and has finished; --again runs it once more", newest.id)
+            return newest
+        number = len(attempts) + 1
+        if server.submit(submission, number, request):
+            after = "" if newest is None else f", after {newest.id} which {_ended(newest)}"
+            LOGGER.info("submitted %s to %s%s", submission.attempt(number), server.address, after)
+            return server.get(submission.attempt(number))
+        LOGGER.info("%s has just been submitted by somebody else", submission.attempt(number))
+    raise ConfigError(f"{submission.name}: others submit it as fast as this; look with --list")
+
+
+def _on_what_is_there(arguments: argparse.Namespace) -> dict[str, Any]:
+    server = JobServer(arguments.address)
+    if arguments.list:
+        jobs = [{"id": item.id, "status": item.status, "entrypoint": item.entrypoint} for item in server.all()]
+        for job in jobs:
+            LOGGER.info("%-10s %s  %s", job["status"], job["id"], job["entrypoint"])
+        return {"jobs": jobs}
+    if arguments.stop:
+        server.stop(arguments.stop)
+        return {"submission_id": arguments.stop, "status": "asked to stop"}
+    attempt, output = _follow(server, server.get(arguments.attach))
+    return _end(attempt, output)
+
+
+def _follow(server: JobServer, attempt: Attempt) -> tuple[Attempt, str]:
+    """Show what a job prints; return how it ended, and the end of its output."""
+    if attempt.is_over:
+        return attempt, server.logs(attempt.id)
+    follower = Follower(server, attempt)
+    try:
+        attempt = follower.follow()
+    except KeyboardInterrupt:
+        where = f"cvft submit --address {server.address}"
+        raise EndedElsewhereError(
+            f"{attempt.id} goes on without you; follow it: {where} --attach {attempt.id}, "
+            f"end it: {where} --stop {attempt.id}",
+            code=130,
+        ) from None
+    return attempt, follower.output
+
+
+def _end(attempt: Attempt, output: str) -> dict[str, Any]:
+    """Return the job's result, or end as it did."""
+    result = find_result(output)
+    if attempt.status == "SUCCEEDED":
+        return {"submission_id": attempt.id} if result is None else result
+    code = attempt.exit_code
+    # Its own one line, or its traceback, is what was shown last.
+    raise EndedElsewhereError(
+        f"{attempt.id} {_ended(attempt)}", code=code if code is not None and code > 0 else 1, result=result
+    )
+
+
+def _ended(attempt: Attempt) -> str:
+    if attempt.status == "STOPPED":
+        return "was stopped"
+    return (
+        f"failed: {attempt.message[:300]}" if attempt.exit_code is None else f"ended with exit code {attempt.exit_code}"
+    )
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, separator, value) in zip(texts, pairs, strict=True):
+        if not (key and separator and value):
+            raise ConfigError(f"--label {text}: is written KEY=VALUE, such as ray.io/node-group=gpu")
+    return {key: value for key, _, value in pairs}
+
+
+JOB = entry.Job(
+    name="submit",
+    summary="Run a job on a Ray cluster and follow it; the same request is found again, never run twice at a time.",
+    example="cvft submit --address http://127.0.0.1:8265 evaluate --checkpoint s3://bucket/runs/mine/checkpoints/best"
+    " --manifest s3://bucket/cvusa",
+    add_arguments=_add_arguments,
+    run=_run,
+    takes_command=True,
+)
+
+if __name__ == "__main__":
+    sys.exit(entry.main(JOB))

@@ -1,0 +1,150 @@
+"""What `cvft submit` decides before it speaks to a cluster."""
+
+import subprocess
+import zipfile
+
+import pytest
+
+from cvft.errors import ConfigError
+from jobs import cli
+from jobs.following import find_result
+from jobs.package import collect, pack
+from jobs.submission import check_places, environment, read
+
+KNOWN = tuple(cli.SUMMARIES)
+TRAIN = ["train", "--config", "town", "data.manifest=s3://bucket/store", "output=s3://bucket/runs", "name=mine"]
+HTTP = "tracking.uri=http://mlflow:5000"
+
+
+def asked(*command, **options):
+    return read(list(command), known=KNOWN, **options)
+
+
+def test_the_same_request_has_the_same_id_however_it_is_typed():
+    first = asked(*TRAIN, HTTP, "train.num_epochs=3")
+    again = asked("train", HTTP, "train.num_epochs=3", *TRAIN[3:], "--config", "town")
+    assert first.name == again.name
+    assert first.name.startswith("train-mine-")
+    assert first.digest == again.digest
+    assert first.attempt(1) == first.name
+    assert first.attempt(3) == f"{first.name}-3"
+
+
+def test_a_default_that_is_spelt_out_is_no_other_request():
+    assert asked(*TRAIN).digest == asked(*TRAIN, "train.max_failures=3").digest
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([*TRAIN], [*TRAIN, "train.seed=1"]),
+        (["shard", "--root", "/a", "--store", "/s"], ["shard", "--root", "/b", "--store", "/s"]),
+        (["verify", "--manifest", "/a"], ["inspect", "--manifest", "/a"]),
+    ],
+)
+def test_another_request_has_another_id(one, other):
+    assert asked(*one).name != asked(*other).name
+
+
+def test_the_jobs_own_arguments_are_held_against_the_job(capfd):
+    with pytest.raises(ConfigError, match=r"data\.manifset: unknown key; did you mean data\.manifest"):
+        asked("train", "--config", "town", "data.manifset=x")
+    with pytest.raises(SystemExit) as caught:
+        asked("evaluate", "--checkpoint", "x")
+    assert caught.value.code == 2
+    assert "--manifest" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="'nojob' is no job"):
+        asked("nojob")
+    with pytest.raises(ConfigError, match="--name 'a b'"):
+        asked(*TRAIN, name="a b")
+
+
+def test_what_a_shell_would_take_apart_arrives_whole():
+    submission = asked("validate", "--root", "/with space/$HOME")
+    assert submission.entrypoint == "python -m jobs.validate --root '/with space/$HOME'"
+
+
+def test_a_job_that_works_by_itself_gets_a_cpu_and_one_that_asks_ray_none():
+    assert asked("validate", "--root", "/a").num_cpus == 1
+    assert asked("shard", "--root", "/a", "--store", "/s").num_cpus == 0
+    assert asked(*TRAIN, "train.workers=1").num_cpus == 1
+    assert asked(*TRAIN, "train.workers=2").num_cpus == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ([*TRAIN, HTTP, "data.manifest=shards"], "data.manifest=shards is relative"),
+        ([*TRAIN], "tracking.uri=sqlite:///mlflow.db is relative"),
+        (["evaluate", "--checkpoint", "runs/x", "--manifest", "/s"], "checkpoint=runs/x is relative"),
+    ],
+)
+def test_a_relative_path_is_refused_because_it_would_lie_in_the_jobs_copy_of_the_code(command, named):
+    with pytest.raises(ConfigError, match=named):
+        check_places(asked(*command), working_dir=None, names=[])
+
+
+def test_absolute_paths_are_named_and_uris_are_not():
+    submission = asked("evaluate", "--checkpoint", "s3://bucket/c", "--manifest", "/shared/store")
+    assert check_places(submission, working_dir=None, names=[]) == ["manifest=/shared/store"]
+
+
+def test_a_configuration_file_must_be_among_what_is_sent(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--config", "mine.yaml", "data.manifest=s3://b/s", "output=s3://b/r", HTTP]
+    with pytest.raises(ConfigError, match=r"--config mine\.yaml: this file is not sent"):
+        check_places(asked(*command), working_dir=tmp_path, names=[])
+    assert check_places(asked(*command), working_dir=tmp_path, names=["mine.yaml"]) == []
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("jobs/__init__.py", "jobs/a.py", ".git-like", "data/images.bin", "runs/x/w.bin", ".venv/lib/big.py"):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "code"
+
+
+def test_code_is_sent_without_data_caches_and_history(checkout):
+    assert collect(checkout) == ["jobs/__init__.py", "jobs/a.py"]
+
+
+def test_in_a_git_checkout_what_git_ignores_stays_and_what_is_new_goes(checkout):
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    (checkout / ".gitignore").write_text("/data/\n/runs/\n.venv/\n")
+    assert collect(checkout) == [".git-like", ".gitignore", "jobs/__init__.py", "jobs/a.py"]
+    assert collect(checkout, exclude=["jobs/a*", ".git*"]) == ["jobs/__init__.py"]
+
+
+def test_data_among_the_code_is_refused_by_its_folder(checkout):
+    with (checkout / "jobs" / "weights.bin").open("wb") as file:
+        file.truncate(101 * 2**20)
+    with pytest.raises(ConfigError, match=r"106 MB are no code \(most: jobs 106 MB\)"):
+        collect(checkout)
+    with pytest.raises(ConfigError, match="no jobs/ here"):
+        collect(checkout / "data")
+
+
+def test_the_same_files_are_the_same_archive(checkout, tmp_path):
+    names = collect(checkout)
+    pack(checkout, names, tmp_path / "1.zip")
+    (checkout / "jobs" / "a.py").touch()
+    pack(checkout, names, tmp_path / "2.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    assert zipfile.ZipFile(tmp_path / "1.zip").read("jobs/a.py") == b"jobs/a.py"
+
+
+def test_only_the_variables_that_are_named_are_passed(monkeypatch):
+    monkeypatch.setenv("CVFT_TEST_ONE", "1")
+    monkeypatch.setenv("CVFT_TEST_TWO", "2")
+    assert environment([]) == {}
+    assert environment(["CVFT_TEST_*", "OTHER=x=y"]) == {"CVFT_TEST_ONE": "1", "CVFT_TEST_TWO": "2", "OTHER": "x=y"}
+    with pytest.raises(ConfigError, match="--env CVFT_TEST_THREE: no such variable"):
+        environment(["CVFT_TEST_THREE"])
+
+
+def test_the_result_is_the_last_line_that_is_an_object():
+    assert find_result('chatter\n{"a": 1}\n12:00:00 a log line\n{broken}\n[1]\n') == {"a": 1}
+    assert find_result("nothing\n") is None
