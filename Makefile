@@ -19,8 +19,9 @@ demo: $(VENV)/.runtime  ## raw images -> shards -> training -> registered model 
 test: $(VENV)/.developer  ## the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/objectstore -n 2 --dist loadgroup
 
-test-objectstore: $(VENV)/.developer  ## the store's promises on a real object store, Ceph's (Debian's packages: see the message)
+test-objectstore: $(VENV)/.developer  ## a real object store, Ceph's, and MLflow on PostgreSQL (Debian's packages: see the message)
 	@infra/objectstore/radosgw.sh check
+	@PYTHON=$(BIN)/python infra/mlflow/server.sh check
 	@$(BIN)/python -m pytest tests/objectstore
 
 check: $(VENV)/.developer  ## format, lint, types

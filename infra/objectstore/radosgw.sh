@@ -2,7 +2,7 @@
 # A real object store on this machine: Ceph's S3 gateway over one monitor and one disk, for tests and trials.
 #
 #   eval "$(infra/objectstore/radosgw.sh start DIR PORT)"   # prints `export AWS_...=...`; about 15 seconds
-#   infra/objectstore/radosgw.sh stop DIR
+#   infra/objectstore/radosgw.sh stop DIR                   # the same `start` goes on with what is stored
 #   infra/objectstore/radosgw.sh check                      # are the packages there?
 #
 # Everything lies below DIR (about 200 MB of it, and what is stored) and listens on 127.0.0.1. Several can run: PORT is
@@ -98,24 +98,45 @@ start() {  # dir port
   need_packages
   mkdir -p "$1"
   dir=$(cd "$1" && pwd)
-  [[ -z $(ls -A "$dir") ]] || fail "$dir is not empty; name a new folder, or stop what runs there and delete it"
+  if [[ -e $dir/environment ]]; then
+    mon_port=$(sed -n 's/^mon_host = v2:127.0.0.1://p' "$dir/ceph.conf")
+    grep -q "endpoint=127.0.0.1:$port\$" "$dir/ceph.conf" || fail "$dir was begun with another PORT:" \
+      "$(sed -n 's/.*endpoint=127.0.0.1://p' "$dir/ceph.conf")"
+  elif [[ -n $(ls -A "$dir") ]]; then
+    fail "$dir is not empty; name a new folder, or stop what runs there and delete it"
+  fi
   for number in "$port" "$mon_port"; do
     ! is_open "$number" || fail "port $number is taken; choose another PORT, or MON_PORT for the monitor's"
   done
   secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   # shellcheck disable=SC2064  # the folder of now
   trap "give_up '$dir'" EXIT
-  mkdir "$dir/mon" "$dir/osd" "$dir/rgw"
-  write_configuration "$dir" "$port" "$mon_port"
-  start_daemons "$dir" "$mon_port" "$secret" >"$dir/start.log" 2>&1
+  if [[ -e $dir/environment ]]; then
+    start_again "$dir" >"$dir/start.log" 2>&1
+  else
+    mkdir "$dir/mon" "$dir/osd" "$dir/rgw"
+    write_configuration "$dir" "$port" "$mon_port"
+    start_daemons "$dir" "$mon_port" "$secret" >"$dir/start.log" 2>&1
+  fi
   wait_for_gateway "$dir" "$port"
   trap - EXIT
+  [[ -e $dir/environment ]] || (umask 077 && write_environment "$port" "$secret" >"$dir/environment")
+  cat "$dir/environment"
+}
+
+write_environment() {  # port secret
   cat <<EXPORTS
-export AWS_ENDPOINT_URL=http://127.0.0.1:$port
+export AWS_ENDPOINT_URL=http://127.0.0.1:$1
 export AWS_ACCESS_KEY_ID=cvft
-export AWS_SECRET_ACCESS_KEY=$secret
+export AWS_SECRET_ACCESS_KEY=$2
 export AWS_REGION=us-east-1
 EXPORTS
+}
+
+start_again() {  # dir
+  ceph-mon -c "$1/ceph.conf" -i a
+  ceph-osd -c "$1/ceph.conf" -i 0
+  radosgw -c "$1/ceph.conf" -n client.rgw
 }
 
 start_daemons() {  # dir mon_port secret
@@ -146,7 +167,7 @@ stop() {  # dir
     pid=$(<"$file")
     # A number alone may belong to another process by now.
     if [[ -n $pid ]] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$1/ceph.conf"; then
-      kill -KILL "$pid"  # asked nicely, it takes ten seconds; nothing is ever started from this folder again
+      kill -KILL "$pid"  # asked nicely, it takes ten seconds; what was stored is on the disk
       while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
     fi
     rm -f "$file"

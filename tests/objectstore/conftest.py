@@ -1,6 +1,6 @@
 """Ceph's S3 gateway for the whole session, and a new bucket on it for each test.
 
-Run by `make test-objectstore`; without Ceph's packages all of it is skipped.
+Run by `make test-objectstore`; without Ceph's packages all of it is skipped, and without PostgreSQL what needs it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     if missing.returncode:
         pytest.skip(missing.stderr.strip())
     folder = tmp_path_factory.mktemp("ceph")
-    port, mon_port = _free_ports(2)
+    port, mon_port = free_ports(2)
+    yield start_radosgw(folder, port=port, mon_port=mon_port)
+    stop_radosgw(folder)
+
+
+def start_radosgw(folder: Path, *, port: int, mon_port: int) -> dict[str, str]:
+    """Start a gateway, or go on with the one of this folder, and return its AWS variables."""
     started = subprocess.run(
         [SCRIPT, "start", folder, str(port)],
         env=os.environ | {"MON_PORT": str(mon_port)},
@@ -36,7 +42,11 @@ def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         timeout=300,
         check=True,
     )
-    yield dict(re.findall(r"export (\w+)=(\S+)", started.stdout))
+    return dict(re.findall(r"export (\w+)=(\S+)", started.stdout))
+
+
+def stop_radosgw(folder: Path) -> None:
+    """End a gateway and all that belongs to it."""
     subprocess.run([SCRIPT, "stop", folder], timeout=60, check=True)
 
 
@@ -52,7 +62,8 @@ def radosgw_uri(radosgw: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str
     return f"s3://{bucket}/data"
 
 
-def _free_ports(num_ports: int) -> list[int]:
+def free_ports(num_ports: int) -> list[int]:
+    """Return ports that nobody listens on."""
     sockets = [socket.socket() for _ in range(num_ports)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from pyarrow import fs
 from cvft.errors import StoreError
 from pipeline.s3_upload import PART_BYTES
 from pipeline.storage import Store
+from tests.objectstore.conftest import free_ports, start_radosgw, stop_radosgw
 from tests.store_contract import StoreContract
 
 pytestmark = pytest.mark.objectstore
@@ -113,3 +115,21 @@ def test_memory_stays_bounded_while_300_mb_stream_by(radosgw_uri):
     # 64 MiB of parts and what the allocator keeps beside them: far from the 286 MiB that went by.
     assert 10 << 20 < writing_bytes < 128 << 20
     assert reading_bytes < 20 << 20
+
+
+def test_a_gateway_that_was_stopped_goes_on_with_what_it_held(tmp_path, monkeypatch):
+    port, mon_port = free_ports(2)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    try:
+        found = start_radosgw(tmp_path, port=port, mon_port=mon_port)
+        for name, value in found.items():
+            monkeypatch.setenv(name, value)
+        boto3.session.Session().client("s3").create_bucket(Bucket="kept")
+        store = Store.from_uri("s3://kept/data")
+        store.write_bytes("a", b"1")
+        stop_radosgw(tmp_path)
+        assert start_radosgw(tmp_path, port=port, mon_port=mon_port) == found
+        assert Store.from_uri("s3://kept/data").read_bytes("a") == b"1"
+    finally:
+        stop_radosgw(tmp_path)

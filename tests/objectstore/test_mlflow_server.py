@@ -1,0 +1,120 @@
+"""A real MLflow server, on PostgreSQL and Ceph, started by our script: what it took is there after it was killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from mlflow.exceptions import MlflowException
+
+from pipeline.tracking.external import record_checkpoints
+from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.runs import Run, open_run
+from pipeline.tracking.server import is_refusal, prepare
+
+pytestmark = pytest.mark.objectstore
+
+SCRIPT = Path(__file__).parents[2] / "infra/mlflow/server.sh"
+
+
+class Server:
+    """The script with a folder of its own, which the user that runs PostgreSQL may enter."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self._environment = {**os.environ, "PYTHON": sys.executable, **environment}
+
+    def __call__(self, command: str) -> dict[str, str]:
+        command_line = [SCRIPT, command, self.folder]
+        done = subprocess.run(
+            command_line, env=self._environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True
+        )
+        return dict(re.findall(r"export (\w+)=(\S*)", done.stdout))
+
+
+@pytest.fixture(scope="module")
+def server(radosgw: dict[str, str]) -> Iterator[Server]:
+    """The server, its artifacts in the session's object store."""
+    environment = {**os.environ, "PYTHON": sys.executable, **radosgw}
+    missing = subprocess.run([SCRIPT, "check"], env=environment, capture_output=True, text=True, check=False)
+    if missing.returncode:
+        pytest.skip(missing.stderr.strip())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="cvft-mlflow-") as folder:
+        Path(folder).chmod(0o711)
+        server = Server(Path(folder), {**radosgw, "PORT": str(port)})
+        try:
+            yield server
+        finally:
+            server("stop")
+
+
+def history(run: Run, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, name)]
+
+
+def test_what_the_server_took_is_there_after_it_was_killed_and_started_again(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = server("start")
+    tracking = prepare(found["MLFLOW_TRACKING_URI"], experiment="town")
+    parent = open_run(tracking, name="search", identity="search", config={"trials": 1})
+    run = open_run(tracking, name="trial", identity="trial", config={"seed": 1}, parent=parent)
+    for name, context in (("train", "training"), ("val", "evaluation")):
+        run.log_dataset(name=f"town {name}", digest="d" * 64, source="s3://b/manifest", context=context)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"png")
+    checkpoint = {"name": "step-00000010", "uri": "s3://b/step-00000010", "step": 10, "metrics": {"recall_at_1": 0.5}}
+    quick = {"cache": tmp_path, "interval_s": 0.1, "retry_s": (0.1, 0.5)}
+    with Outbox(run, str(tmp_path), **quick) as outbox:
+        outbox.log_metrics({"train/loss": 2.0, "recall_at_1": 0.5}, step=10)
+        outbox.defer(record_checkpoints, model="trial", checkpoints=[checkpoint], kept=["step-00000010"])
+        outbox.defer(Run.log_folder, source=str(tmp_path / "pictures"), artifact_path="pictures")
+    server("kill")
+    with pytest.raises(MlflowException) as away:
+        run.client.get_run(run.run_id)
+    assert not is_refusal(away.value)
+    with Outbox(run, str(tmp_path), **quick) as outbox:
+        outbox.log_metrics({"train/loss": 1.0}, step=20)
+        outbox.defer(record_checkpoints, model="trial", checkpoints=[checkpoint], kept=[])
+    assert "is away" in caplog.text
+
+    assert server("start") == found
+    with Outbox(run, str(tmp_path), **quick) as outbox:
+        outbox.defer(Run.finish)
+    stored = run.client.get_run(run.run_id)
+    assert (stored.info.status, stored.data.params["seed"]) == ("FINISHED", "1")
+    assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert history(run, "train/loss") == [(10, 2.0), (20, 1.0)]
+    assert history(run, "recall_at_1") == [(10, 0.5)]
+    (model,) = run.client.search_logged_models([tracking.experiment_id], f"source_run_id = '{run.run_id}'")
+    assert (model.tags["is_kept"], model.status.value) == ("false", "READY")
+    assert [(metric.key, metric.value, metric.dataset_name) for metric in model.metrics] == [
+        ("recall_at_1", 0.5, "town val")
+    ]
+    run.client.create_registered_model("cvft")
+    version = run.client.create_model_version("cvft", model.artifact_location, run.run_id, model_id=model.model_id)
+    assert (int(version.version), version.status) == (1, "READY")
+    _check_artifacts(run, found, monkeypatch)
+
+
+def _check_artifacts(run: Run, found: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is in the bucket, and a client without any key of the store gets it from the server."""
+    bucket = boto3.session.Session(found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"]).client(
+        "s3", endpoint_url=found["AWS_ENDPOINT_URL"], region_name=found["AWS_REGION"]
+    )
+    keys = [item["Key"] for item in bucket.list_objects_v2(Bucket="mlflow")["Contents"]]
+    (key,) = [key for key in keys if key.endswith("pictures/a.png")]
+    assert bucket.get_object(Bucket="mlflow", Key=key)["Body"].read() == b"png"
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    assert Path(run.client.download_artifacts(run.run_id, "pictures/a.png")).read_bytes() == b"png"
