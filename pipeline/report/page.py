@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from cvft.retrieval import RetrievalResult
 from pipeline.report.charts import RECALLS, location_figure, recall_figure, training_figure
@@ -50,10 +51,7 @@ class Pictures:
 
     def add(self, name: str, light: Figure, dark: Figure | None = None, *, alt: str, caption: str = "") -> Picture:
         """Keep a figure. Photographs look the same in light and dark and have no `dark` figure."""
-        image = rasterise(light)
-        path = self.directory / f"{name}.png"
-        image.save(path, compress_level=3)  # half the time of the default for a few percent more bytes
-        self.paths.append(path)
+        image = self.keep(name, light)
         is_photo = dark is None
         return Picture(
             light=data_uri(image, is_photo=is_photo),
@@ -63,6 +61,14 @@ class Pictures:
             height_px=image.height,
             caption=caption,
         )
+
+    def keep(self, name: str, figure: Figure) -> Image.Image:
+        """Write a figure as a PNG file alone, and return its pixels."""
+        image = rasterise(figure)
+        path = self.directory / f"{name}.png"
+        image.save(path, compress_level=3)  # half the time of the default for a few percent more bytes
+        self.paths.append(path)
+        return image
 
 
 def build_report(
