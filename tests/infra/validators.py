@@ -77,7 +77,8 @@ def _run_instances() -> botocore.model.Shape:
 
 def _ec2_problems(node_config: dict[str, Any]) -> list[str]:
     # Ray adds the counts itself.
-    report = botocore.validate.ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_config}, _run_instances())
+    parameters = {"MinCount": 1, "MaxCount": 1, **node_config}
+    report = botocore.validate.ParamValidator().validate(parameters, _run_instances())
     problems = report.generate_report().splitlines()
     known = set(_run_instances().members)
     return problems + [f"unknown parameter {key}" for key in node_config if key not in known]
@@ -201,7 +202,7 @@ def mappings(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def operator_problems(manifest: dict[str, Any]) -> list[str]:
-    """What KubeRay's operator and the CRDs' CEL rules refuse beyond the schema, as far as these manifests can meet it."""
+    """What KubeRay's operator refuses beyond the schema, as far as these manifests can meet it."""
     spec = manifest["spec"]
     if manifest["kind"] == "RayCronJob":
         return operator_problems({"kind": "RayJob", "metadata": manifest["metadata"], "spec": spec["jobTemplate"]})
