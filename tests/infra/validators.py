@@ -141,7 +141,7 @@ def _closed(node: Any, *, is_top: bool = True) -> Any:
 
 def compose_problems(composition: dict[str, Any]) -> list[str]:
     """Hold a compose file against the Compose specification, and its references against what it declares."""
-    problems = _lines(jsonschema.Draft7Validator(_compose_schema()), composition)
+    problems = _lines(jsonschema.Draft202012Validator(_compose_schema()), composition)
     services = composition.get("services", {})
     for name, service in services.items():
         for wanted in service.get("depends_on", {}):
