@@ -1,7 +1,8 @@
 """The one configuration system: plain data in, frozen dataclasses out, nothing silently ignored.
 
 Every configuration class is a frozen dataclass whose fields are annotated with `bool`, `int`, `float`, `str`,
-`Literal`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `X | tuple[...]`, `dict[str, X]` or another such dataclass.
+`Literal`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `X | tuple[...]`, `dict[str, X]`, another such dataclass, or
+`Any` for plain data that the class itself looks at.
 `parse` refuses unknown keys, wrong types and values that the class's own `__post_init__` rejects, and names each by its
 dotted key. It needs the standard library alone, because checkpoints carry configurations and must load where only torch
 is installed.
@@ -131,6 +132,8 @@ def _suggest(name: str, key: str, annotations: Mapping[str, Any], root: type[Any
 def _parse_value(annotation: Any, value: Any, *, name: str, root: type[Any], root_prefix: str) -> Any:
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
+    if annotation is Any:
+        return value
     if _is_union(annotation):
         if value is None and type(None) in arguments:
             return None
