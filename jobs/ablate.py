@@ -92,7 +92,7 @@ def _record(
     return run.run_id
 
 
-def _town(out: Path, num_pairs: int, seed: int, runner: Runner) -> str:
+def make_town(out: Path, num_pairs: int, seed: int, runner: Runner) -> str:
     """Write the town and its shards where they are missing, and return the manifest."""
     town = TownConfig(num_pairs=num_pairs, seed=seed)
     write_town(out / "town", config=town, workers=os.cpu_count() or 1, progress=entry.Progress("rendering"))
@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     # Every configuration is resolved before the first pair is rendered.
     plan_trials(spec, manifest="unknown", out=str(out / "runs"), overrides=arguments.overrides)
-    manifest = arguments.manifest or _town(out, arguments.pairs, arguments.town_seed, runner)
+    manifest = arguments.manifest or make_town(out, arguments.pairs, arguments.town_seed, runner)
     return ablate(
         spec,
         manifest=manifest,

@@ -16,6 +16,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
@@ -33,8 +34,13 @@ _USER_ERROR_FILE = "user_error.json"
 _NEVER_S = 1e9
 
 
-def train_on_ray(config: ExperimentConfig, run: Run) -> None:
+def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) -> None:
     """Train with `config.train.workers` workers.
+
+    Args:
+        config: The experiment.
+        run: Its run in MLflow.
+        is_trial: Called within a trial of Tune, which is told of every evaluation once its checkpoint is durable.
 
     Raises:
         ClusterError: A Ray started here has too few GPUs.
@@ -45,13 +51,14 @@ def train_on_ray(config: ExperimentConfig, run: Run) -> None:
     store.delete(_USER_ERROR_FILE)
     attempt = attempts.begin_attempt(store)
     room_s = config.train.resize_after_s
+    settings = {"run": dataclasses.asdict(run), "attempt": attempt, "is_durable": is_trial}
     if config.train.min_workers < config.train.max_workers:
         # Ray's view of the cluster may be 20 s old: do not wait much longer for room on a node that is lost.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
     with ray_session(num_cpus=config.train.max_workers):
         _require_gpus(config)
         try:
-            while reason := _fit(config, {"run": dataclasses.asdict(run), "attempt": attempt, "room_s": room_s}):
+            while reason := _fit(config, {**settings, "room_s": room_s}):
                 LOGGER.info("starting the workers again from the checkpoint they left")
                 if reason == ROOM:
                     room_s *= 2  # where there was none after all, it is tried ever more rarely
@@ -80,6 +87,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            callbacks=[TuneReportCallback()] if settings["is_durable"] else [],
         ),
     )
     return str(trainer.fit().return_value)
@@ -139,6 +147,7 @@ def _run_worker(settings: dict[str, Any]) -> str:
                 should_leave=leaving,
                 guard=guard,
                 on_saved=None if record is None else record.on_saved,
+                is_durable=settings["is_durable"],
             )
     except attempts.TakenOverError:
         raise

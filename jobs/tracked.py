@@ -78,7 +78,12 @@ def open_run(
 
 
 def finish_run(
-    config: ExperimentConfig, run: Run, status: Status, *, evaluations: Sequence[Mapping[str, float]] = ()
+    config: ExperimentConfig,
+    run: Run,
+    status: Status,
+    *,
+    evaluations: Sequence[Mapping[str, float]] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> None:
     """Close the MLflow run of a training; where that cannot even be kept for later, say so.
 
@@ -87,9 +92,12 @@ def finish_run(
         run: Its run.
         status: How it ended.
         evaluations: All of them: a process that died between a checkpoint and its record left one out.
+        tags: Set too.
     """
     try:
         with _outbox(config, run) as outbox:
+            if tags:
+                outbox.defer(Run.set_tags, tags=dict(tags))
             if evaluations:
                 outbox.defer(record_checkpoints, **_records(config, evaluations, kept=checkpoints_of(config).names()))
             outbox.defer(Run.finish, status=status, end_time_ms=int(time.time() * 1000))

@@ -27,6 +27,7 @@ def train(
     should_leave: ShouldLeave | None = None,
     guard: Callable[[], None] | None = None,
     on_saved: OnWritten | None = None,
+    is_durable: bool = False,
 ) -> bool:
     """Train from the newest whole checkpoint, or from the start, to the last epoch or until recall stalls.
 
@@ -41,6 +42,7 @@ def train(
             deleted; what it raises prevents both and ends the training.
         on_saved: Called in rank 0, by that thread, once a checkpoint is durable and others are deleted, with what its
             `checkpoint.json` says and the names of those that are there now.
+        is_durable: Wait for an evaluation's checkpoint before `on_epoch` hears of it.
 
     Returns:
         Whether the training is over, every checkpoint of it durable; False where it was told to leave.
@@ -52,7 +54,10 @@ def train(
     try:
         while not training.is_over:
             if training.is_evaluation_due:
-                on_epoch(training.evaluate_and_save())
+                metrics = training.evaluate_and_save()
+                if is_durable:
+                    training.finish()
+                on_epoch(metrics)
             elif not training.run_epoch():
                 return False
         training.finish()

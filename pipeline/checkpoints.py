@@ -77,6 +77,17 @@ class CheckpointFolder:
                 guard()
             self._store.write_bytes(f"{name}/{file}", data)
 
+    def copy_from(self, directory: Path, name: str) -> None:
+        """Copy a local checkpoint here under a name; it counts once its last file is here.
+
+        Raises:
+            CheckpointError: It is damaged.
+            StoreError: The store refuses it.
+        """
+        verify_checkpoint(directory)
+        for file in (*file_hashes(directory), INFO_FILE):
+            self._store.write_bytes(f"{name}/{file}", (directory / file).read_bytes())
+
     def keep(self, names: Iterable[str]) -> None:
         """Delete every other checkpoint and what there is of unfinished ones; nobody else may be writing.
 

@@ -32,12 +32,21 @@ _ENDED = (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError)
 class OnRay:
     """Runs on Ray, which is entered only when there is something to run."""
 
-    def __init__(self, *, window: int | None = None, session: RaySession = contextlib.nullcontext) -> None:
+    def __init__(
+        self,
+        *,
+        window: int | None = None,
+        session: RaySession = contextlib.nullcontext,
+        num_cpus: float = 1.0,
+        num_gpus: float = 0.0,
+    ) -> None:
         """Prepare to run.
 
         Args:
             window: Tasks submitted at a time; twice the cluster's CPUs if none.
             session: Makes a Ray be there; without it Ray must be initialised.
+            num_cpus: CPUs of a task.
+            num_gpus: GPUs of a task.
 
         Raises:
             ConfigError: `window` is less than 1.
@@ -46,6 +55,7 @@ class OnRay:
         self.num_retries = 0
         self._window = window
         self._session = session
+        self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
 
     def run(
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
@@ -69,7 +79,7 @@ class OnRay:
         tick()
         size = self._window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         # Ray's own retries are off: it would try again in silence.
-        task = ray.remote(max_retries=0)(_run_later)
+        task = ray.remote(max_retries=0, **self._resources)(_run_later)
         waiting = list(reversed(range(len(inputs))))
         running: dict[Any, int] = {}
         failures: Counter[int] = Counter()
