@@ -20,6 +20,7 @@ SUMMARIES = {
     "report": "make the HTML report of a checkpoint",
     "ablate": "compare variants on the same pairs with several seeds",
     "submit": "run any of these on a Ray cluster, and follow it",
+    "tune": "search over configurations: trials on Ray, the best one as a file for `train`",
     "import_official": "turn the authors' TensorFlow checkpoint into ours",
 }
 
