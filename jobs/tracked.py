@@ -19,7 +19,7 @@ from cvft.errors import StoreError, StoreUnavailableError
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
-from jobs.resources import Utilization, memory_metrics
+from jobs.resources import Machine, memory_metrics
 from jobs.saving import checkpoints_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name
@@ -166,7 +166,7 @@ class StepMetrics:
         self._log = log
         self._every = every
         self._device = device
-        self._utilization = Utilization(device)
+        self._machine = Machine(device)
         self._reports: list[StepReport] = []
 
     def add(self, report: StepReport) -> None:
@@ -178,7 +178,7 @@ class StepMetrics:
     def flush(self) -> None:
         """Log the interval so far, under the number of steps done."""
         if self._reports:
-            resources = {**memory_metrics(self._device), **self._utilization.metrics()}
+            resources = {**memory_metrics(self._device), **self._machine.metrics()}
             self._log({**_means(self._reports), **resources}, step=self._reports[-1].step + 1)
             self._reports.clear()
 

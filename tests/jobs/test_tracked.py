@@ -1,10 +1,12 @@
 import json
+import random
 import shutil
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from cvft.checkpoint import read_state
 from cvft.engine import StepReport
 from cvft.errors import StoreError
 from jobs import train
-from jobs.resources import Utilization, memory_metrics, memory_text
+from jobs.resources import Machine, memory_metrics, memory_text
 from jobs.tracked import StepMetrics
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.runs import Run
@@ -54,6 +56,9 @@ def test_the_numbers_of_steps_are_in_mlflow_as_means_over_intervals(tiny):
     assert 0 <= metrics["train/data_wait_share"] < 1
     assert 0 < metrics["train/step_s"] < 60
     assert 1e8 < metrics["system/rss_bytes"] < 1e11
+    assert metrics["system/system_memory_usage_megabytes"] < psutil.virtual_memory().total / 1e6
+    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
+    assert len(_history(run, "system/disk_available_megabytes")) >= 1
     files = {file.path for file in run.client.list_artifacts(run.run_id)}
     assert {"config.json", "environment.txt"} <= files
 
@@ -96,6 +101,17 @@ def test_speed_and_waiting_are_those_of_the_whole_interval():
     assert (first["train/loss"], first["train/learning_rate"], first["train/step_s"]) == (0.5, 0.1, 2.5)
     assert first["train/pairs_per_s"] == pytest.approx(16 / 8)
     assert first["train/data_wait_share"] == pytest.approx(3 / 8)
+
+
+def test_the_machine_is_read_at_most_so_often_and_draws_nothing_from_the_trainings_generators():
+    machine = Machine(torch.device("cpu"), every_s=3600.0)
+    states = random.getstate(), torch.get_rng_state()
+    first = machine.metrics()
+    assert {f"system/{name}" for name in ("cpu_utilization_percentage", "network_receive_megabytes")} <= first.keys()
+    assert 0 < first["system/system_memory_usage_percentage"] < 100
+    assert machine.metrics() == {}
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_a_training_cut_between_checkpoints_and_continued_has_every_step_once(tiny, monkeypatch):
@@ -188,4 +204,8 @@ def test_a_gpus_memory_and_time_are_read():
     assert metrics["system/cuda_reserved_bytes"] >= metrics["system/cuda_allocated_bytes"] >= tensor.nbytes
     assert metrics["system/cuda_peak_allocated_bytes"] >= tensor.nbytes
     assert "GPU memory" in memory_text(device)
-    assert all(0 <= value <= 100 for value in Utilization(device).metrics().values())
+    machine = Machine(device).metrics()
+    assert machine["system/gpu_0_memory_usage_megabytes"] >= tensor.nbytes / 1e6
+    shares = {name: value for name, value in machine.items() if name.endswith("_percentage")}
+    assert "system/gpu_0_memory_usage_percentage" in shares
+    assert all(0 <= value <= 100 for value in shares.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,13 @@ class Server:
         )
         return dict(re.findall(r"export (\w+)=(\S*)", done.stdout))
 
+    def end_postgresql(self) -> None:
+        """End the database under the server's feet; `start` starts it again."""
+        pid = int((self.folder / "postgres/data/postmaster.pid").read_text().split()[0])
+        os.kill(pid, signal.SIGINT)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.05)
+
 
 @pytest.fixture(scope="module")
 def server(radosgw: dict[str, str]) -> Iterator[Server]:
@@ -65,6 +74,8 @@ def history(run: Run, name: str) -> list[tuple[int, float]]:
 
 def test_what_the_server_took_is_there_after_it_was_killed_and_started_again(server, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # Of the server's processes one that did not know its database before waits for it, and holds the client meanwhile.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     found = server("start")
     tracking = prepare(found["MLFLOW_TRACKING_URI"], experiment="town")
     parent = open_run(tracking, name="search", identity="search", config={"trials": 1})
@@ -89,8 +100,15 @@ def test_what_the_server_took_is_there_after_it_was_killed_and_started_again(ser
     assert "is away" in caplog.text
 
     assert server("start") == found
+    server.end_postgresql()
+    for call in (lambda: run.client.get_run(run.run_id), lambda: run.log_metrics({"train/loss": 1.0}, step=20)):
+        with pytest.raises(MlflowException) as away:
+            call()
+        assert not is_refusal(away.value)
+    assert server("start") == found
     with Outbox(run, str(tmp_path), **quick) as outbox:
         outbox.defer(Run.finish)
+        assert outbox.close(wait_s=120) == 0
     stored = run.client.get_run(run.run_id)
     assert (stored.info.status, stored.data.params["seed"]) == ("FINISHED", "1")
     assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
