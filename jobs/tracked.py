@@ -1,13 +1,16 @@
 """A training in MLflow: its run is opened, told of steps and evaluations, and closed, whether MLflow is there or not.
 
-All goes through `pipeline.tracking.outbox`; MLflow must be there when a training begins, not when it goes on or ends.
+All goes through `pipeline.tracking.outbox`. A server of MLflow need not even be there when a training begins; a file
+must be.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -48,16 +51,17 @@ def open_run(
         parent: The run that a new one is shown below, such as that of a search; one that goes on keeps its own.
 
     Raises:
-        StoreUnavailableError: MLflow does not answer, and no run is known that could be told later.
+        StoreUnavailableError: MLflow does not answer, is no server, and no run is known that could be told later.
         StoreError: MLflow or the folder cannot be used.
     """
     try:
         run = _find_or_create(config, known=known, is_continued=is_continued, parent=parent)
     except StoreUnavailableError as error:
-        if not is_continued or known is None or known.uri != resolve(config.tracking.uri)[0]:
+        later = _run_for_later(config, known=known if is_continued else None, parent=parent)
+        if later is None:
             raise
+        run = later
         LOGGER.warning("%s. %s goes on all the same and tells it later", error, config.name)
-        run = known
     commit = code_commit()
     with _outbox(config, run) as outbox:
         outbox.defer(Run.resume)
@@ -84,7 +88,7 @@ def finish_run(
     *,
     evaluations: Sequence[Mapping[str, float]] = (),
     tags: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Close the MLflow run of a training; where that cannot even be kept for later, say so.
 
     Args:
@@ -93,6 +97,9 @@ def finish_run(
         status: How it ended.
         evaluations: All of them: a process that died between a checkpoint and its record left one out.
         tags: Set too.
+
+    Returns:
+        The run's id; empty if MLflow has been away all the time.
     """
     try:
         with _outbox(config, run) as outbox:
@@ -103,6 +110,8 @@ def finish_run(
             outbox.defer(Run.finish, status=status, end_time_ms=int(time.time() * 1000))
     except StoreError as error:  # how the training ended matters more
         LOGGER.warning("the run in MLflow stays open: %s", error)
+        return run.run_id
+    return outbox.run.run_id
 
 
 class Recorder:
@@ -220,6 +229,26 @@ def _find_or_create(config: ExperimentConfig, *, known: Run | None, is_continued
     with store_errors(tracking.uri):
         run = None
         if is_continued:
+            if known is not None and not known.run_id:
+                return replace(known, uri=tracking.uri)
             run = get_run(tracking, known.run_id) if known is not None else None
             run = run or find_run(tracking, identity=identity)
         return run or create_run(tracking, name=config.name, identity=identity, parent=parent)
+
+
+def _run_for_later(config: ExperimentConfig, *, known: Run | None, parent: Run | None) -> Run | None:
+    """Return the run to tell later, when MLflow answers; none where nothing says that it ever will."""
+    uri, _ = resolve(config.tracking.uri)
+    if known is not None and known.uri == uri:
+        return known
+    if not uri.startswith(("http://", "https://")):
+        return None
+    if known is not None and not known.run_id:  # begun with another address, where nobody answered
+        return replace(known, uri=uri)
+    return Run(
+        uri=uri,
+        experiment=config.tracking.experiment,
+        name=config.name,
+        identity=f"{Store.from_uri(config.folder).uri()} {uuid.uuid4().hex}",
+        parent_id=parent.run_id if parent else "",
+    )

@@ -29,7 +29,7 @@ from pipeline.evaluation import require_positions
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 from pipeline.tracking.registry import register_model
-from pipeline.tracking.runs import Run
+from pipeline.tracking.runs import Run, opened
 from pipeline.tracking.server import store_errors
 
 
@@ -44,7 +44,8 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     """Train, or go on training, as configured; register the best checkpoint if the configuration names a model.
 
     Returns:
-        Run, best checkpoint, its numbers, and the registered version if there is one.
+        Run (empty if MLflow has been away all the time), best checkpoint, its numbers, and the registered version if
+        there is one.
 
     Raises:
         CvftError: The configuration, the data, the store or the run's folder cannot be used.
@@ -67,7 +68,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
         else:
             train_on_ray(config, run)
         info = _newest_info(config)
-        result = _result(config, run, info)
+        result = _result(config, info)
         if config.tracking.registered_model is not None:
             result |= register(config, run, result)
     except attempts.TakenOverError:  # the run goes on elsewhere, in MLflow too
@@ -75,8 +76,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     except BaseException as error:
         tracked.finish_run(config, run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    tracked.finish_run(config, run, "FINISHED", evaluations=read_history(info))
-    return result
+    return {"run_id": tracked.finish_run(config, run, "FINISHED", evaluations=read_history(info)), **result}
 
 
 def register(config: ExperimentConfig, run: Run, result: dict[str, Any], description: str = "") -> dict[str, Any]:
@@ -91,6 +91,7 @@ def register(config: ExperimentConfig, run: Run, result: dict[str, Any], descrip
     name, alias = config.tracking.registered_model, config.tracking.alias
     if name is None:
         raise ConfigError("tracking.registered_model: set a name to register a model under")
+    run = opened(run)
     checkpoint = fetch(result["checkpoint"], cache=default_cache().parent)
     with store_errors(run.uri):
         version = register_model(
@@ -154,10 +155,9 @@ def _is_finished(config: ExperimentConfig) -> bool:
     return history.is_finished(num_epochs=config.train.num_epochs, patience=config.train.early_stopping)
 
 
-def _result(config: ExperimentConfig, run: Run, info: CheckpointInfo) -> dict[str, Any]:
+def _result(config: ExperimentConfig, info: CheckpointInfo) -> dict[str, Any]:
     history = History(**info.training)
     return {
-        "run_id": run.run_id,
         "checkpoint": checkpoints_of(config).uri(history.best),
         "digest": info.manifest_digest,
         **history.best_metrics,

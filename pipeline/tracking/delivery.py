@@ -9,7 +9,7 @@ from typing import Any
 from mlflow.entities import Metric
 
 from pipeline.tracking.external import record_checkpoints
-from pipeline.tracking.runs import MAX_METRICS, Run
+from pipeline.tracking.runs import MAX_METRICS, Run, opened
 from pipeline.tracking.server import STORE_ERRORS, is_refusal, reason_of
 from pipeline.tracking.spool import Entry, Spool
 
@@ -37,12 +37,13 @@ class Delivery:
     was sent without an answer is not sent twice. What MLflow refuses for good is set aside in `NAME.refused.jsonl`.
 
     Attributes:
+        run: The run; it has an id once MLflow has taken anything.
         num_refused: Entries set aside.
         num_torn: Torn lines left out.
     """
 
     def __init__(self, run: Run, spool: Spool) -> None:
-        self._run = run
+        self.run = run
         self._spool = spool
         self._steps: dict[str, set[int]] = {}  # by metric, what MLflow has
         self._sent = -1
@@ -62,6 +63,7 @@ class Delivery:
         num_sent = 0
         try:
             for group in _groups(self._spool.pending()):
+                self.run = opened(self.run)
                 self._send_group(group)
                 self._spool.mark_sent(group[-1].end)
                 num_sent += len(group)
@@ -95,10 +97,10 @@ class Delivery:
 
     def _send_contents(self, contents: list[dict[str, Any]]) -> None:
         if contents and "call" in contents[0]:
-            DEFERRED[contents[0]["call"]](self._run, **contents[0]["arguments"])
+            DEFERRED[contents[0]["call"]](self.run, **contents[0]["arguments"])
             return
         metrics = self._missing(metric for content in contents for metric in _metrics(content))
-        self._run.log_batches(metrics)
+        self.run.log_batches(metrics)
         for metric in metrics:
             self._steps[metric.key].add(metric.step)
 
@@ -109,9 +111,9 @@ class Delivery:
             first.setdefault((metric.key, metric.step), metric)
         unknown = {name for name, _ in first} - self._steps.keys()
         # One request tells for all metrics of a new run that there is no history to read.
-        logged = self._run.client.get_run(self._run.run_id).data.metrics if unknown else {}
+        logged = self.run.client.get_run(self.run.run_id).data.metrics if unknown else {}
         for name in unknown:
-            history = self._run.client.get_metric_history(self._run.run_id, name) if name in logged else []
+            history = self.run.client.get_metric_history(self.run.run_id, name) if name in logged else []
             self._steps[name] = {metric.step for metric in history}
         return [metric for metric in first.values() if metric.step not in self._steps[metric.key]]
 
@@ -121,7 +123,7 @@ class Delivery:
         aside.close()
         if self.num_refused == 0:
             _LOGGER.warning(
-                "MLflow refuses an entry of run %s: %s; kept in %s", self._run.run_id, reason_of(error), self._refused
+                "MLflow refuses an entry of run %s: %s; kept in %s", self.run.run_id, reason_of(error), self._refused
             )
         self.num_refused += 1
 

@@ -57,7 +57,7 @@ class Outbox:
         """Open the run's spool and begin to send what an earlier process left.
 
         Args:
-            run: Where it goes.
+            run: Where it goes; one without an id is started when MLflow answers.
             folder: URI of the training's folder; the spool is in `outbox/` there.
             cache: Folder of this machine that takes its place if it is in an object store.
             interval_s: Entries are sent together, this often.
@@ -66,10 +66,9 @@ class Outbox:
         Raises:
             StoreError: The folder cannot be read or written.
         """
-        self._run = run
         store = Store.from_uri(folder)
         local = store.local_path(FOLDER)
-        self.path = (local or cache / FOLDER) / f"{run.run_id}.jsonl"
+        self.path = (local or cache / FOLDER) / f"{run.key}.jsonl"
         try:
             self._spool = Spool(self.path)
         except OSError as error:
@@ -86,6 +85,11 @@ class Outbox:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
         self._thread.start()
+
+    @property
+    def run(self) -> Run:
+        """The run; one that MLflow did not know has an id once MLflow has taken anything."""
+        return self._delivery.run
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Log numbers by name at a step, as of now; where a metric has a value at that step, the first one stays."""
@@ -120,7 +124,7 @@ class Outbox:
             _LOGGER.warning(
                 "%d entries for MLflow at %s wait in %s; the same command sends them when it is back",
                 self._num_left,
-                self._run.uri,
+                self.run.uri,
                 self.path,
             )
         if self._spool.num_lost or self._delivery.num_refused:
@@ -166,7 +170,7 @@ class Outbox:
         if self._away_since is not None and num_sent:
             away_s = time.monotonic() - self._away_since
             self._away_since = None
-            _LOGGER.warning("MLflow at %s is back after %.0f s; %d entries sent", self._run.uri, away_s, num_sent)
+            _LOGGER.warning("MLflow at %s is back after %.0f s; %d entries sent", self.run.uri, away_s, num_sent)
             if self._copies is not None:
                 self._copies.drop()
         return True
@@ -176,7 +180,7 @@ class Outbox:
             self._away_since = time.monotonic()
             _LOGGER.warning(
                 "MLflow at %s is away (%s); metrics are kept in %s and sent later",
-                self._run.uri,
+                self.run.uri,
                 reason_of(error),
                 self.path,
             )
@@ -190,7 +194,7 @@ class _Copies:
 
     def __init__(self, store: Store, run: Run) -> None:
         self._store = store
-        self._folder = f"{FOLDER}/{run.run_id}"
+        self._folder = f"{FOLDER}/{run.key}"
         self._own = f"{self._folder}/{socket.gethostname()}.jsonl"
         self._saved_end = 0
 

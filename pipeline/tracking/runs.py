@@ -1,7 +1,7 @@
 """Runs in MLflow: one for each training, continued when the training is.
 
-A `Run` is two strings, so that it travels to Ray workers; only rank 0 should log. Its calls wait for MLflow: a training
-gives them to an `Outbox`.
+A `Run` is a few strings, so that it travels to Ray workers; only rank 0 should log. Its calls wait for MLflow: a
+training gives them to an `Outbox`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from cvft.configuration import dotted_values
 from cvft.errors import StoreError
 from pipeline.storage import Store
-from pipeline.tracking.server import Tracking, is_refusal, store_errors, tracking_client
+from pipeline.tracking.server import Tracking, is_refusal, prepare, store_errors, tracking_client
 
 T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -40,15 +40,28 @@ MAX_DIGEST_CHARACTERS = 36
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run in MLflow.
+    """A run in MLflow, or one that will be: without an id it says what is needed to start it, see `opened`.
 
     Attributes:
         uri: Where it is kept.
-        run_id: Its identity there.
+        run_id: Its identity there; empty if MLflow was away when it began.
+        experiment: Of a run without an id, the experiment's name.
+        name: Of a run without an id, its name in the user interface.
+        identity: Of a run without an id, what makes two starts of it one.
+        parent_id: Of a run without an id, the run that it is shown below; empty for none.
     """
 
     uri: str
-    run_id: str
+    run_id: str = ""
+    experiment: str = ""
+    name: str = ""
+    identity: str = ""
+    parent_id: str = ""
+
+    @property
+    def key(self) -> str:
+        """A name that stays the same for as long as the run goes on, fit for a file."""
+        return self.run_id or _hash(self.identity)
 
     @property
     def client(self) -> MlflowClient:
@@ -190,6 +203,21 @@ def create_run(tracking: Tracking, *, name: str, identity: str, parent: Run | No
     tags = {IDENTITY_TAG: _hash(identity), **({MLFLOW_PARENT_RUN_ID: parent.run_id} if parent else {})}
     created = tracking_client(tracking.uri).create_run(tracking.experiment_id, run_name=name, tags=tags)
     return Run(uri=tracking.uri, run_id=created.info.run_id)
+
+
+def opened(run: Run) -> Run:
+    """Return the run with its id in MLflow; one that has none yet is found by its identity, or started.
+
+    Raises:
+        StoreError: MLflow cannot be used.
+    """
+    if run.run_id:
+        return run
+    tracking = prepare(run.uri, experiment=run.experiment)
+    parent = Run(uri=run.uri, run_id=run.parent_id) if run.parent_id else None
+    with store_errors(run.uri):
+        found = find_run(tracking, identity=run.identity)
+        return found or create_run(tracking, name=run.name, identity=run.identity, parent=parent)
 
 
 def get_run(tracking: Tracking, run_id: str) -> Run | None:

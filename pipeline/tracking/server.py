@@ -68,10 +68,20 @@ def prepare(uri: str, *, experiment: str) -> Tracking:
     with store_errors(uri):
         client = tracking_client(uri)
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+        experiment_id = found.experiment_id if found else _create_experiment(client, experiment, artifacts)
     if found and found.lifecycle_stage != "active":
         raise StoreError(f"tracking.experiment: {experiment!r} was deleted in {uri}; restore it or name another")
     return Tracking(uri=uri, experiment_id=experiment_id)
+
+
+def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    try:
+        return str(client.create_experiment(name, artifacts))
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+        if found is None:
+            raise
+        return str(found.experiment_id)  # another process made it meanwhile
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from jobs import train
 from jobs.resources import Machine, memory_metrics, memory_text
 from jobs.tracked import StepMetrics
 from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.runs import Run
+from pipeline.tracking.runs import Run, create_run
+from pipeline.tracking.server import prepare
 from tests.mlflow_server import MlflowServer
 
 NOBODY = "http://127.0.0.1:9"
@@ -145,10 +146,43 @@ def test_a_folder_begun_anew_has_a_new_run(tiny, tmp_path):
     assert train.train(config)["run_id"] != first["run_id"]
 
 
-def test_a_training_does_not_begin_without_mlflow(tiny, monkeypatch):
+def test_a_training_does_not_begin_where_mlflows_file_cannot_be_used(tiny, tmp_path):
+    (tmp_path / "text.db").write_text("not a database" * 100)
+    with pytest.raises(StoreError, match=r"tracking.uri=sqlite.*: MLflow cannot use it"):
+        train.train(tiny("train.num_epochs=1", f"tracking.uri=sqlite:///{tmp_path}/text.db"))
+
+
+@pytest.mark.slow
+def test_begun_without_a_server_by_a_wrong_address_a_training_is_told_whole_to_the_right_one(
+    tiny, mlflow_schema, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(StoreError, match=rf"tracking.uri={NOBODY}: MLflow cannot use it: .*Connection refused"):
-        train.train(tiny("train.num_epochs=1", f"tracking.uri={NOBODY}"))
+    (tmp_path / "mlflow").mkdir()
+    database = shutil.copyfile(mlflow_schema, tmp_path / "mlflow/mlflow.db")
+    parent = create_run(prepare(f"sqlite:///{database}", experiment="cvft"), name="search", identity="search")
+    settings = ["tracking.log_every_steps=1", "train.num_epochs=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.tracked, "open_run", partial(train.tracked.open_run, parent=parent))
+        away = train.train(tiny(f"tracking.uri={NOBODY}", *settings))
+    assert (away["run_id"], away["epochs_done"]) == ("", 2)
+    assert "goes on all the same" in caplog.text
+    server = MlflowServer(database)
+    server.start()
+    server.wait()
+    try:
+        config = tiny(f"tracking.uri={server.uri}", *settings)
+        result = train.train(config)
+        assert {**away, "run_id": result["run_id"]} == result
+        assert train.train(config) == result
+        run = _run(config, result)
+        assert _history(run, "train/loss") == list(enumerate(_losses(result), 1))
+        stored = run.client.get_run(run.run_id)
+        assert (stored.info.status, stored.info.run_name) == ("FINISHED", "town")
+        assert stored.data.tags["mlflow.parentRunId"] == parent.run_id
+        assert len(stored.outputs.model_outputs) == 2
+        assert len(run.client.search_runs([stored.info.experiment_id])) == 2
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow
