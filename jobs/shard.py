@@ -15,6 +15,7 @@ from cvft.config import PreprocessConfig
 from cvft.errors import ConfigError
 from jobs import entry
 from jobs.cluster import ray_session
+from jobs.metrics import ShardingMetrics
 from jobs.validate import add_source_arguments
 from pipeline.build import BuildOptions, build_shards
 from pipeline.plan import Cut
@@ -72,6 +73,7 @@ class ShardingProgress:
 
     def __init__(self) -> None:
         self._line = entry.Progress("sharding")
+        self._metrics = ShardingMetrics()
 
     def __call__(self, now: BuildProgress) -> None:
         """Tell it, as often as a terminal or a log wants to know."""
@@ -81,6 +83,7 @@ class ShardingProgress:
             details += f", {now.num_pairs_found:,} pairs found finished"
         if now.num_retries:
             details += f", {now.num_retries} retries"
+        self._metrics.show(now)
         self._line(now.num_pairs_done, now.num_pairs, before=now.num_pairs_found, details=details)
 
 

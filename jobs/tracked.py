@@ -22,6 +22,7 @@ from cvft.errors import StoreError, StoreUnavailableError
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
+from jobs.metrics import TrainingMetrics
 from jobs.resources import Machine, memory_metrics
 from jobs.saving import checkpoints_of
 from pipeline.cache import default_cache
@@ -127,7 +128,8 @@ class Recorder:
         self._outbox = _outbox(config, run)
         self._evaluating = threading.Lock()
         self._evaluated: set[int] = set()
-        self._steps = StepMetrics(self._outbox.log_metrics, every=config.tracking.log_every_steps, device=device)
+        self._metrics = TrainingMetrics(config.name)
+        self._steps = StepMetrics(self._log, every=config.tracking.log_every_steps, device=device)
 
     @property
     def hooks(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class Recorder:
     def on_step(self, report: StepReport) -> None:
         """Take the numbers of a step."""
         self._steps.add(report)
+        self._metrics.add_step(report.pairs_per_s * (report.data_wait_s + report.step_s))
 
     def on_epoch(self, metrics: Mapping[str, float]) -> None:
         """Take the numbers of an evaluation."""
@@ -155,7 +158,11 @@ class Recorder:
         with self._evaluating:
             if step not in self._evaluated:
                 self._evaluated.add(step)
-                self._outbox.log_metrics(metrics, step=step)
+                self._log(metrics, step=step)
+
+    def _log(self, numbers: Mapping[str, float], *, step: int) -> None:
+        self._outbox.log_metrics(numbers, step=step)
+        self._metrics.show(numbers, step=step)
 
     def __enter__(self) -> Recorder:
         return self
@@ -164,6 +171,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._steps.flush()
+        self._metrics.close()
         self._outbox.close(wait_s=RECORDER_CLOSE_S)
 
 

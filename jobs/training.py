@@ -21,6 +21,7 @@ from cvft.optim import build_optimizer, build_schedule
 from cvft.preprocess import Preprocess
 from jobs.config import DataConfig, ExperimentConfig
 from jobs.entry import LOGGER
+from jobs.metrics import CacheMetrics
 from jobs.progress import AverageOwner, Curve, History, Metrics, StateOwner, StepLines, log_evaluation
 from jobs.saving import Saver
 from pipeline.cache import ShardCache
@@ -83,6 +84,7 @@ class Training:
         self._schedule = build_schedule(config.train.optimizer, num_steps=self._num_steps)
         self._lines = StepLines(self._num_steps, device)
         self._curve = Curve()
+        self._cache_metrics = CacheMetrics(config.name, self._world.rank)
         self.step = 0
         self.history = History()
         self.owners: dict[str, StateOwner] = {"curve": self._curve}
@@ -203,6 +205,7 @@ class Training:
         self._curve.losses.append(report.loss)
         if self._average is not None:
             self._average.update(report.step)
+        self._cache_metrics.show(self._cache.stats)
         self._saver.check()
         every = self._config.train.checkpoint_every_steps
         if every is not None and self.step % every == 0 and not self.is_evaluation_due:
