@@ -6,8 +6,11 @@ import time
 from dataclasses import fields
 
 import pytest
+import torch
 
+from cvft.engine import StepReport
 from jobs import metrics
+from jobs.tracked import StepMetrics
 from pipeline.cache import CacheStats
 from pipeline.shard_work import BuildProgress
 
@@ -60,6 +63,17 @@ def test_what_mlflow_is_told_is_shown_under_its_name_here(told):
     assert told["cvft_recall_at_1"].values[0] == (0.25, {"run": "town"})
     assert told["cvft_train_step"].values[0] == (10, {"run": "town"})
     assert set(told) <= set(metrics.METRICS)
+
+
+def test_what_is_shown_is_what_mlflow_is_told_of_steps_and_evaluations():
+    logged: dict[str, float] = {}
+    steps = StepMetrics(lambda numbers, *, step: logged.update(numbers), every=1, device=torch.device("cpu"))
+    report = StepReport(
+        step=0, loss=0.5, gradient_norm=1.0, learning_rate=0.1, step_s=0.1, data_wait_s=0.0, pairs_per_s=320.0
+    )
+    steps.add(report)
+    of_evaluations = {"epoch", "recall_at_1", "recall_at_5", "recall_at_10"}
+    assert set(metrics.FROM_MLFLOW) == set(metrics.FROM_MLFLOW) & logged.keys() | of_evaluations
 
 
 def test_a_gauge_is_told_again_until_it_is_closed(told, monkeypatch):

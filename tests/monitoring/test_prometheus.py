@@ -15,8 +15,8 @@ from ray.util.state import list_actors
 from tests.infra import monitoring_files as files
 from tests.monitoring.conftest import ROOT, Cluster, Prometheus
 
-# No machine here has a GPU: what Ray and torch tell of one cannot be asked for.
-NEEDS_GPU = {"ray_node_gpus_utilization", "ray_cvft_train_gpu_utilization_percent"}
+# Where there is no GPU, what Ray tells of one cannot be asked for.
+NEEDS_GPU = {"ray_node_gpus_utilization"}
 TINY = [
     "preprocess.ground_size_px=[32, 176]",
     "preprocess.aerial_size_px=[64, 64]",
