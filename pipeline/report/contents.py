@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
+BoolArray: TypeAlias = NDArray[np.bool_]
 IntArray: TypeAlias = NDArray[np.integer[Any]]
 ImageArray: TypeAlias = NDArray[np.uint8]
 PairImages: TypeAlias = Callable[[int], tuple[ImageArray, ImageArray]]

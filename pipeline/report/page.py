@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cvft.retrieval import RetrievalResult
+from pipeline.geography import is_located
 from pipeline.report.charts import RECALLS, location_figure, recall_figure, training_figure
 from pipeline.report.contents import (
     DataSummary,
@@ -21,6 +22,7 @@ from pipeline.report.contents import (
     ReportFiles,
     TransportExample,
 )
+from pipeline.report.distances import PROTOCOL_DISTANCES_M, answer_distances, distance_figure
 from pipeline.report.flow import MIN_SHARE, effective_sources, strongest_flows, transport_figure
 from pipeline.report.gallery import best_and_worst, format_distance, retrieval_figure
 from pipeline.report.render import render
@@ -112,6 +114,7 @@ def build_report(
         "location_map": _location_map(pictures, data),
         "training": _training(pictures, history),
         "recall": _recall(pictures, result),
+        "distance": _distance(pictures, result, locations_m),
         "examples": _examples(
             pictures, result=result, images=images, locations_m=locations_m, num_examples=num_examples
         ),
@@ -169,6 +172,26 @@ def _recall(pictures: Pictures, result: RetrievalResult) -> Picture:
         for theme in (LIGHT, DARK)
     ]
     return pictures.add("recall_at_k", *figures, alt="Recall at k against guessing")
+
+
+def _distance(pictures: Pictures, result: RetrievalResult, locations_m: FloatArray | None) -> dict[str, Any] | None:
+    """Return the picture and the numbers of the confusion by distance; None where no position is known."""
+    if locations_m is None or not is_located(locations_m).any():
+        return None
+    found = answer_distances(result, locations_m)
+    figures = [distance_figure(found, theme=theme) for theme in (LIGHT, DARK)]
+    within = zip(
+        PROTOCOL_DISTANCES_M,
+        found.found_within(PROTOCOL_DISTANCES_M).tolist(),
+        found.guessed_within(PROTOCOL_DISTANCES_M).tolist(),
+        strict=True,
+    )
+    return {
+        "picture": pictures.add("confusion_by_distance", *figures, alt="Distance of the first answers from the place"),
+        "within": list(within),
+        "num_wrong": found.num_wrong,
+        "num_unknown": found.num_wrong - len(found.wrong_m),
+    }
 
 
 def _examples(

@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from pipeline.report.contents import FloatArray
 from pipeline.report.search_axes import Axis, axis_of
+from pipeline.report.search_words import count
 from pipeline.search import SearchResult, SearchTrial
 
 NUM_SHUFFLES = 19  # a parameter without influence exceeds all of them once in 20
@@ -117,7 +118,7 @@ def _compared(result: SearchResult) -> tuple[dict[str, float], int | None, dict[
 
 def _why_not(trials: Sequence[SearchTrial], axis: Axis, metrics: Mapping[str, float]) -> str:
     if len(trials) < MIN_TRIALS:
-        return f"{len(trials)} trials to compare have it, {MIN_TRIALS} are needed"
+        return f"{count(len(trials), 'trial')} to compare, {MIN_TRIALS} are needed"
     places = {axis.place(trial.values[axis.name]) for trial in trials}
     if None in places:
         return "a value has no place on its axis"

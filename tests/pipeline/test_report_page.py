@@ -86,7 +86,8 @@ def test_page_needs_nothing_but_itself(tmp_path):
     for address in page.addresses:
         Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).verify()
     assert [path.name for path in files.pngs] == [
-        "locations.png", "training.png", "recall_at_k.png", "best_1.png", "worst_1.png", "transport_1.png",
+        "locations.png", "training.png", "recall_at_k.png", "confusion_by_distance.png",
+        "best_1.png", "worst_1.png", "transport_1.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files.pngs)
 
@@ -112,6 +113,16 @@ def test_locations_that_are_all_unknown_count_as_none(tmp_path):
     _, _, _, text = write(tmp_path, data=data, locations_m=np.full((12, 3), np.nan))
     assert "no locations" in text
     assert "median distance" not in text
+    assert "The pairs carry no positions, so it is not known how far off wrong answers are." in text
+
+
+def test_the_page_tells_how_many_answers_lie_within_the_protocols_distances(tmp_path):
+    unknown = np.full((12, 3), np.nan)
+    unknown[:6] = np.arange(6)[:, None] * 7.0
+    files, _, _, text = write(tmp_path, locations_m=unknown)
+    assert "confusion_by_distance" in [path.stem for path in files.pngs]
+    assert "first answer within this model guessing 5 m " in text
+    assert "first answers are wrong, of which" in text
 
 
 def test_values_are_escaped(tmp_path):

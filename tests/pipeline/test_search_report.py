@@ -111,7 +111,7 @@ def test_conditional_parameters_are_measured_on_the_trials_that_have_them():
     found = importances_of(result_of(parameters, trials))
     assert {one.name: one.num_trials for one in found.found} == {"kind": 20, "depth": 10}
     assert next(one for one in found.found if one.name == "depth").share > 0.9
-    assert found.missing == {"never": f"0 trials to compare have it, {MIN_TRIALS} are needed"}
+    assert found.missing == {"never": f"0 trials to compare, {MIN_TRIALS} are needed"}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_conditional_parameters_are_measured_on_the_trials_that_have_them():
     [
         ([trial(n, {"x": n / 9}) for n in range(9)], "all 9 trials that have it reached the same"),
         ([trial(n, {"x": 0.5}, n / 9) for n in range(9)], "all 9 trials that have it have the same value"),
-        ([trial(n, {"x": n / 9}, n / 9) for n in range(4)], "4 trials to compare have it, 5 are needed"),
-        ([], "0 trials to compare have it, 5 are needed"),
+        ([trial(n, {"x": n / 9}, n / 9) for n in range(4)], "4 trials to compare, 5 are needed"),
+        ([], "0 trials to compare, 5 are needed"),
     ],
 )
 def test_what_cannot_be_computed_says_why(trials, reason):
