@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cvft.errors import CvftError
 
 T = TypeVar("T")
+_IS_ALONE: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,19 @@ class World:
 
 def current_world() -> World:
     """Return the world of the initialised process group, or a world of one."""
-    if dist.is_available() and dist.is_initialized():
+    if not _IS_ALONE.get() and dist.is_available() and dist.is_initialized():
         return World(rank=dist.get_rank(), size=dist.get_world_size())
     return World()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this thread is a world of one: what it computes waits for no other rank, and none needs to come."""
+    token = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)
 
 
 @contextmanager

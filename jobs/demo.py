@@ -116,7 +116,7 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
 def _for_this_data(config: ExperimentConfig, sharded: Result, out: Path) -> ExperimentConfig:
     """Point the preset at the demo's shards; another configuration or dataset is another run."""
     database = f"sqlite:///{out / 'mlflow.db'}"
-    tracking = dataclasses.replace(config.tracking, uri=database, registered_model="cvft")
+    tracking = dataclasses.replace(config.tracking, uri=database, registered_model="cvft", pictures=False)
     data = dataclasses.replace(config.data, manifest=sharded["manifest"])
     config = dataclasses.replace(config, data=data, tracking=tracking, output=str(out / "runs"))
     plain = json.dumps([to_plain(config), sharded["digest"]], sort_keys=True)

@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
 from cvft.errors import ClusterError, CvftError, TrainingError
-from jobs import attempts, tracked, worker
+from jobs import attempts, pictures, tracked, worker
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
@@ -149,6 +149,8 @@ def _run_worker(settings: dict[str, Any]) -> str:
                 on_saved=None if record is None else record.on_saved,
                 is_durable=settings["is_durable"],
             )
+        if is_first and is_over:
+            pictures.log_pictures(config, run, device=device)
     except attempts.TakenOverError:
         raise
     except CvftError as error:

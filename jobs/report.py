@@ -11,6 +11,7 @@ import argparse
 import functools
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,24 @@ _IMAGE_PX = 512
 
 
 def write_report(
-    found: Evaluation, out: Path, *, title: str, facts: dict[str, object], num_examples: int = 4
+    found: Evaluation,
+    out: Path,
+    *,
+    title: str,
+    facts: dict[str, object],
+    history: Sequence[dict[str, Any]] | None = None,
+    num_examples: int = 4,
 ) -> ReportFiles:
-    """Write the report of an evaluation into the folder `out`."""
+    """Write the report of an evaluation into the folder `out`.
+
+    Args:
+        found: The evaluation.
+        out: Made if missing.
+        title: Heading of the page.
+        facts: Further lines for "How this was made".
+        history: Numbers of each evaluated epoch; without it those that the checkpoint knows, which end with itself.
+        num_examples: How many of the best, of the worst and of the transported queries to show.
+    """
 
     @functools.lru_cache(maxsize=256)  # remote pairs are read by range, and the pictures ask for some several times
     def images(row: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -47,7 +63,7 @@ def write_report(
         out,
         title=title,
         data=summarise(found.dataset.manifest),
-        history=read_history(found.info),
+        history=read_history(found.info) if history is None else history,
         result=found.result,
         images=images,
         deleaked=found.queries.deleaked(found.result),

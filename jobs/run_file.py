@@ -34,6 +34,7 @@ FREE_KEYS = (
     "train.resize_after_s",
     "tracking.uri",
     "tracking.log_every_steps",
+    "tracking.pictures",
     "tracking.registered_model",
     "tracking.alias",
 )

@@ -64,7 +64,7 @@ def open_run(
         run = later
         LOGGER.warning("%s. %s goes on all the same and tells it later", error, config.name)
     commit = code_commit()
-    with _outbox(config, run) as outbox:
+    with outbox_of(config, run) as outbox:
         outbox.defer(Run.resume)
         outbox.defer(Run.log_config, config=to_plain(config))
         tags = {"manifest_digest": manifest.digest, **({COMMIT_TAG: commit} if commit else {})}
@@ -103,7 +103,7 @@ def finish_run(
         The run's id; empty if MLflow has been away all the time.
     """
     try:
-        with _outbox(config, run) as outbox:
+        with outbox_of(config, run) as outbox:
             if tags:
                 outbox.defer(Run.set_tags, tags=dict(tags))
             if evaluations:
@@ -125,7 +125,7 @@ class Recorder:
             StoreError: The training's folder cannot be read or written.
         """
         self._config = config
-        self._outbox = _outbox(config, run)
+        self._outbox = outbox_of(config, run)
         self._evaluating = threading.Lock()
         self._evaluated: set[int] = set()
         self._metrics = TrainingMetrics(config.name)
@@ -227,7 +227,8 @@ def _records(
     return {"model": config.name, "checkpoints": checkpoints, "kept": list(kept)}
 
 
-def _outbox(config: ExperimentConfig, run: Run) -> Outbox:
+def outbox_of(config: ExperimentConfig, run: Run) -> Outbox:
+    """Return a new outbox of a training's run."""
     return Outbox(run, config.folder, cache=default_cache().parent)
 
 

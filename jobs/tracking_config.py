@@ -15,6 +15,7 @@ class TrackingConfig:
         uri: Tracking URI; relative sqlite paths are relative to the working directory.
         experiment: Experiment's name.
         log_every_steps: Number of steps whose means go to MLflow together.
+        pictures: Whether a training draws its report at its end, into `report/` of its folder and into MLflow.
         registered_model: Name under which `train` registers its best checkpoint; none registers nothing.
         alias: Alias that is moved to it.
     """
@@ -22,6 +23,7 @@ class TrackingConfig:
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "cvft"
     log_every_steps: int = 10
+    pictures: bool = True
     registered_model: str | None = None
     alias: str = "champion"
 

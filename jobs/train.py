@@ -17,7 +17,7 @@ import torch
 from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.configuration import to_plain
 from cvft.errors import ClusterError, ConfigError
-from jobs import attempts, entry, run_file, tracked, worker
+from jobs import attempts, entry, pictures, run_file, tracked, worker
 from jobs.config import ExperimentConfig, load, preset_names
 from jobs.progress import History, read_history
 from jobs.ray_train import train_on_ray
@@ -65,6 +65,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
             guard = attempts.claim(store, attempts.begin_attempt(store)).check
             with tracked.Recorder(config, run, device) as record:
                 worker.train(config, device=device, guard=guard, **record.hooks)
+            pictures.log_pictures(config, run, device=device)
         else:
             train_on_ray(config, run)
         info = _newest_info(config)

@@ -110,11 +110,13 @@ class Ranks:
 
 
 def require_positions(manifest: Manifest, split: str, *, hit_distance_m: float | None) -> None:
-    """Refuse recall by distance where no pair has a position.
+    """Refuse recall by a distance that is none, and where no pair has a position.
 
     Raises:
-        DataError: There is none.
+        ConfigError: The distance is not positive.
+        DataError: No pair has a position.
     """
+    require(hit_distance_m is None or hit_distance_m > 0, f"hit_distance_m: {hit_distance_m} must be positive")
     if hit_distance_m is not None and not np.isfinite(manifest.location_m(split)).any():
         raise DataError(f"split {split!r}: no pair has a position, so nothing can be counted by distance")
 
@@ -180,6 +182,7 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     num_threads: int = 2,
     cache: Path | None = None,
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Embed a split with a checkpoint's network and rank every ground image's own aerial image.
 
@@ -196,6 +199,7 @@ def evaluate_checkpoint(
         batch_size: Pairs embedded at a time.
         num_threads: Decoding threads.
         cache: Folder beside which copies of remote checkpoints are kept; shards of a remote store are not copied.
+        device: Where to embed; by default on a GPU if there is one.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or trained with other preprocessing.
@@ -204,7 +208,6 @@ def evaluate_checkpoint(
         ShardError: The manifest or a shard is missing or damaged.
         StoreError: A store cannot be reached.
     """
-    require(hit_distance_m is None or hit_distance_m > 0, f"hit_distance_m: {hit_distance_m} must be positive")
     directory = fetch(checkpoint, cache=(cache or default_cache()).parent)
     trained_with = read_info(directory).preprocess
     preprocess = parse(PreprocessConfig, {**to_plain(trained_with), **(preprocess_changes or {})}, prefix="preprocess")
@@ -212,11 +215,10 @@ def evaluate_checkpoint(
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
     require_positions(dataset.manifest, split, hit_distance_m=hit_distance_m)
     queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _batches(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
     seen = _changed(prefetch(batches, device), Augment(view or AugmentConfig(), preprocess), seed=view_seed)
-    found = embed(model, seen, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
+    found = embed(model.to(device), seen, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
     return Evaluation(
         model=model,
         info=info,

@@ -67,7 +67,7 @@ class AnswerDistances:
         return np.asarray(self.guess_right + (1 - self.guess_right) * nearer)
 
 
-def answer_distances(result: RetrievalResult, locations_m: FloatArray) -> AnswerDistances:
+def answer_distances(result: RetrievalResult, locations_m: FloatArray | None) -> AnswerDistances | None:
     """Measure how far first answers lie from the true place, and how far guesses would.
 
     As everywhere, equal scores count against the query: its own reference comes first only if it beats every other one,
@@ -77,7 +77,12 @@ def answer_distances(result: RetrievalResult, locations_m: FloatArray) -> Answer
     Args:
         result: How all queries of a split did; references are named by the row of their pair.
         locations_m: Position of every pair in metres, [N, 3], NaN where unknown.
+
+    Returns:
+        The distances; none where no position is known.
     """
+    if locations_m is None or not np.isfinite(locations_m).any():
+        return None
     target, top = result.target.numpy(), result.top_indices.numpy()
     is_right = result.match_rank.numpy() == 0
     distance_m = _distances_m(locations_m[:, None], locations_m[top])
@@ -147,7 +152,7 @@ def _draw_wrong(axes: Axes, found: AnswerDistances, limits_m: tuple[float, float
     if len(wrong_m):
         axes.hist(
             wrong_m,
-            bins=edges_m,
+            bins=edges_m.tolist(),
             weights=np.full(len(wrong_m), 1 / len(wrong_m)),
             color=theme.series[0],
             alpha=0.75,

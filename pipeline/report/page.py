@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cvft.retrieval import RetrievalResult
-from pipeline.geography import is_located
 from pipeline.report.charts import RECALLS, location_figure, recall_figure, training_figure
 from pipeline.report.contents import (
     DataSummary,
@@ -176,9 +175,9 @@ def _recall(pictures: Pictures, result: RetrievalResult) -> Picture:
 
 def _distance(pictures: Pictures, result: RetrievalResult, locations_m: FloatArray | None) -> dict[str, Any] | None:
     """Return the picture and the numbers of the confusion by distance; None where no position is known."""
-    if locations_m is None or not is_located(locations_m).any():
-        return None
     found = answer_distances(result, locations_m)
+    if found is None:
+        return None
     figures = [distance_figure(found, theme=theme) for theme in (LIGHT, DARK)]
     within = zip(
         PROTOCOL_DISTANCES_M,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cvft.batch import Batch
 from cvft.config import BackboneConfig, HeadConfig, LossConfig, ModelConfig, PreprocessConfig, TransportConfig
-from cvft.distributed import World, current_world, gather, gather_with_gradient, unwrap, wrap_ddp
+from cvft.distributed import World, alone, current_world, gather, gather_with_gradient, unwrap, wrap_ddp
 from cvft.engine import embed, evaluate, train_epoch
 from cvft.errors import TrainingError
 from cvft.gradients import Forward, Preprocessor, compute_gradients
@@ -55,6 +55,11 @@ def _check_gather() -> None:
         assert torch.equal(gather(mine[:, 0], num_rows=num_rows), rows[:, 0])
         if num_rows % world.size == 0:
             assert torch.equal(gather(mine), rows)
+        if world.rank == 0:  # the others do not come
+            with alone():
+                assert current_world() == World()
+                assert torch.equal(gather(mine), mine)
+        assert current_world() == world
         leaf = mine.double().requires_grad_()
         (gather_with_gradient(leaf, num_rows=num_rows) ** 3).sum().backward()
         assert torch.equal(leaf.grad, 3 * world.size * mine.double() ** 2)

@@ -22,6 +22,9 @@ TINY = [
 ]
 
 
+NO_PICTURES = "tracking.pictures=false"  # they take longer than these trainings
+
+
 @pytest.fixture(scope="session")
 def town(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("town")
@@ -64,6 +67,6 @@ def tiny(manifest_uri, tracking_uri, tmp_path):
 
     def configure(*overrides: str):
         places = [f"data.manifest={manifest_uri}", f"output={tmp_path}/runs", f"tracking.uri={tracking_uri}"]
-        return load("town", [*places, *TINY, "train.workers=1", *overrides])
+        return load("town", [*places, *TINY, NO_PICTURES, "train.workers=1", *overrides])
 
     return configure

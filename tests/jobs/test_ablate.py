@@ -12,7 +12,7 @@ from cvft.errors import ConfigError
 from jobs import ablate
 from jobs.ablation import ABLATIONS, load_ablation, plan_trials
 from pipeline.runner import Here
-from tests.jobs.conftest import TINY
+from tests.jobs.conftest import NO_PICTURES, TINY
 
 
 def write_spec(folder, **changes):
@@ -69,7 +69,7 @@ def test_an_ablation_trains_each_seed_once_and_is_only_read_the_second_time(mani
             manifest=manifest_uri,
             out=tmp_path / "out",
             runner=Here(),
-            overrides=["train.num_epochs=1", f"tracking.uri={tracking_uri}", *TINY, *overrides],
+            overrides=["train.num_epochs=1", f"tracking.uri={tracking_uri}", *TINY, NO_PICTURES, *overrides],
             num_threads=torch.get_num_threads(),
         )
 

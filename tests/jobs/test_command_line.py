@@ -22,7 +22,7 @@ from cvft.checkpoint import load_model
 from cvft.preprocess import Preprocess
 from jobs import cli, demo, entry, evaluate, import_official, shard, synthesize, train, validate
 from jobs.config import load
-from tests.jobs.conftest import TINY
+from tests.jobs.conftest import NO_PICTURES, TINY
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 wants to drop; it is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -99,7 +99,7 @@ def trained(manifest_uri, tracking_uri, tmp_path_factory):
     """The result of `cvft train` for one epoch."""
     places = [f"data.manifest={manifest_uri}", f"tracking.uri={tracking_uri}"]
     output = tmp_path_factory.mktemp("command_line")
-    settings = [*places, f"output={output}", *TINY, "train.workers=1", "train.num_epochs=1"]
+    settings = [*places, f"output={output}", *TINY, NO_PICTURES, "train.workers=1", "train.num_epochs=1"]
     return _succeed(train.JOB, "--config", "town", *settings)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.conftest import TINY
+from tests.jobs.conftest import NO_PICTURES, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PREEMPTION = 2  # autoscaler.proto: DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
@@ -36,7 +36,13 @@ def mishaps(ray_cluster):
 @pytest.fixture(scope="module")
 def runs(mishaps, manifest_uri, tracking_uri, tmp_path_factory):
     """Where the trainings are; the one named `undisturbed` is there."""
-    overrides = [f"data.manifest={manifest_uri}", f"tracking.uri={tracking_uri}", *TINY, "train.num_epochs=6"]
+    overrides = [
+        f"data.manifest={manifest_uri}",
+        f"tracking.uri={tracking_uri}",
+        *TINY,
+        NO_PICTURES,
+        "train.num_epochs=6",
+    ]
     often = ["train.checkpoint_every_steps=4", "train.preemption_check_every_steps=1"]
     runs = mishaps.Runs(tmp_path_factory.mktemp("runs"), [*overrides, *often])
     mishaps.Training(runs, "undisturbed", 2).wait()

@@ -80,6 +80,13 @@ def test_answers_within_a_distance_are_the_recall_of_the_protocol_by_distance(ca
         assert found.found_within([limit])[0] == within.recall_at(1)
 
 
+def test_without_any_position_there_is_nothing_to_measure():
+    ground, aerial, _, locations_m = example(0)
+    result = rank_pairs(ground, aerial)
+    assert answer_distances(result, np.full_like(locations_m, np.nan)) is None
+    assert answer_distances(result, None) is None
+
+
 def test_a_collapsed_model_finds_nothing_near():
     ground = torch.nn.functional.normalize(torch.ones(6, 4), dim=1)
     locations_m = np.arange(6)[:, None] * np.array([[100.0, 0, 0]])
