@@ -106,7 +106,8 @@ def _tune_storage(search: Search, local: str) -> tuple[Any, str]:
     """Return where Tune keeps what a session needs: nothing of it is read by another."""
     if not search.is_population:
         return None, local
-    search.out.delete_folder("tune")
+    if search.out.list("tune"):
+        search.out.delete_folder("tune")
     return Store.from_uri(search.out.uri("tune")).arrow
 
 
