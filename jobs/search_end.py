@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,10 +25,12 @@ from jobs.trial import read_run
 from pipeline.ablation import Trial, VariantSummary, summarise
 from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay
+from pipeline.report.search_page import write_search_report
 from pipeline.search import SearchResult, Status
 
 BEST_FILE = "best.yaml"
 NUMBERS_FILE = "search.json"
+REPORT = "report"
 DEFAULT = "default"
 _IN_WORDS = {
     "within the noise": "a tie: the difference is within the noise",
@@ -54,6 +58,7 @@ def finish_search(search: Search, manifest: Manifest) -> dict[str, Any]:
     for name, text in files.items():
         search.out.write_bytes(name, text.encode())
         search.run.log_text(text, f"search/{name}")
+    report = _report(search, result)
     counts = Counter(record.status for record in records)
     _tell_mlflow(search, best, counts, verdict=verdict)
     _say(search, best, verdict=verdict)
@@ -64,6 +69,7 @@ def finish_search(search: Search, manifest: Manifest) -> dict[str, Any]:
         search.spec.metric: value,
         "config": None if best is None else search.out.uri(BEST_FILE),
         "numbers": search.out.uri(NUMBERS_FILE),
+        "report": report,
         "trials": {status: counts[status] for status in ("finished", "stopped", "failed", "running") if counts[status]},
         "verdict": verdict,
         "used_up": search.clock.used_up,
@@ -156,6 +162,18 @@ def _result(
         chance=chances[0] if chances and spec.metric == "recall_at_1" else None,
         rungs=rungs(spec.scheduler, search.base.train.num_epochs),
     )
+
+
+def _report(search: Search, result: SearchResult) -> str:
+    """Draw the report into the search's folder and MLflow; return where it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_search_report(result, Path(folder))
+        everything = [path for path in Path(folder).rglob("*") if path.is_file()]
+        for path in everything:
+            search.out.write_bytes(f"{REPORT}/{path.relative_to(folder)}", path.read_bytes())
+        search.run.log_artifacts([files.html], artifact_path="search")
+        search.run.log_artifacts(files.pngs, artifact_path="search/figures")
+        return search.out.uri(f"{REPORT}/{files.html.relative_to(folder)}")
 
 
 def _tell_mlflow(search: Search, best: TrialRecord | None, counts: Counter[Status], *, verdict: str) -> None:

@@ -91,7 +91,7 @@ def run_trial(settings: TrialSettings, trial: Mapping[str, Any]) -> None:
         TakenOverError: The trial goes on elsewhere.
     """
     log_to_stderr()
-    for name in ("cvft", "pipeline"):  # the driver tells of trials; the lines of many would be a jumble
+    for name in ("cvft", "pipeline", "ray"):  # the driver tells of trials; the lines of many would be a jumble
         logging.getLogger(name).setLevel(logging.WARNING)
     place = {"number": trial["number"], "generation": trial["generation"], "values": trial["values"]}
     store = Store.from_uri(Store.from_uri(settings.out).uri(f"{TRIALS}/{trial_name(trial['number'])}"))
