@@ -63,6 +63,11 @@ class Search:
         most = self.proposer.num_trials
         return None if most is None else max(0, most - len(self.journal.records))
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there are trials to do and time to do them in."""
+        return bool(self.unfinished() or self.num_left() != 0) and not self.clock.used_up
+
     def begin(self, number: int) -> dict[str, Any]:
         """Put a trial on record, unless it is, and return what its actor is told."""
         record = self.journal.records.get(number)

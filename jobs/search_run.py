@@ -38,7 +38,7 @@ def run_search(search: Search) -> None:
         ClusterError: The cluster cannot hold a trial, or Tune ended before the search did.
         CvftError: The space has nothing left to draw, or a store is away.
     """
-    if (search.unfinished() or search.num_left() != 0) and not search.clock.used_up:
+    if search.has_work:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table is ours
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

@@ -9,6 +9,7 @@ repeated, those under way go on from their checkpoints.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -63,7 +64,10 @@ def tune(spec: SearchConfig, *, manifest: str, out: str, overrides: list[str]) -
     run = _open_run(spec, base, opened, store)
     try:
         search = _prepare(spec, base, store, run, attempt=attempt, about=about)
-        with ray_session(num_cpus=spec.trial.workers * spec.trial.cpus, has_dashboard=spec.trial.workers > 1):
+        with contextlib.ExitStack() as stack:
+            if search.has_work:  # else there is nothing to start Ray for
+                cpus = spec.trial.workers * spec.trial.cpus
+                stack.enter_context(ray_session(num_cpus=cpus, has_dashboard=spec.trial.workers > 1))
             run_search(search)
             result = finish_search(search, opened)
     except attempts.TakenOverError:
