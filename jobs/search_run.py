@@ -79,8 +79,6 @@ def _fit(search: Search, events: Events, local: str) -> None:
         tune.with_resources(train_trial, _resources(search)),
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric=search.spec.metric,
-            mode="max",
             search_alg=search_alg,
             scheduler=scheduler_of(search),
             num_samples=1 if search.is_population else -1,

@@ -49,7 +49,7 @@ class _Median(_Once, MedianStoppingRule):  # type: ignore[misc]  # Ray has no ty
     def tell(self, records: Iterable[TrialRecord]) -> None:
         for record in records:
             ended = _Ended(record)
-            for metrics in record.evaluations:
+            for metrics in (*record.evaluations, *record.evaluations[-1:]):  # Tune tells the last one at the end again
                 self.on_trial_complete(None, ended, metrics)
 
 
@@ -78,6 +78,8 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no 
         config = search.spec.scheduler
         super().__init__(
             time_attr=_TIME,
+            metric=search.spec.metric,
+            mode="max",
             perturbation_interval=config.perturb_every,
             quantile_fraction=config.quantile,
             resample_probability=config.resample,

@@ -1,0 +1,178 @@
+"""Searches on Ray: bad trials stopped early, failed ones on record, goes on after a kill, weights handed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cvft.configuration import parse
+from cvft.errors import ClusterError
+from jobs import train, tune, worker
+from jobs.config import ExperimentConfig, load
+from jobs.search_config import SearchConfig
+from jobs.trial import trial_config
+from pipeline.tracking.server import prepare, tracking_client
+from tests.jobs.conftest import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RATE = {"train.optimizer.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
+
+
+def spec_of(space, **changes) -> SearchConfig:
+    return parse(SearchConfig, {"name": "small", "base": "town", "space": space, **changes})
+
+
+def journal_of(out: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("trials/*/trial.json"))}
+
+
+def runs_below(uri: str, parent: str) -> list:
+    tracking = prepare(uri, experiment="cvft")
+    found = tracking_client(uri).search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return sorted(found, key=lambda run: run.info.run_name)
+
+
+@pytest.fixture
+def search(ray_cluster, manifest_uri, tracking_uri, tmp_path):
+    """Do a search in this test's folder."""
+
+    def run(spec, *overrides, out="search"):
+        settings = [*TINY, f"tracking.uri={tracking_uri}", *overrides]
+        return tune.tune(spec, manifest=manifest_uri, out=str(tmp_path / out), overrides=settings)
+
+    return run
+
+
+def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, tracking_uri, tmp_path, monkeypatch):
+    space = {
+        "train.optimizer.learning_rate": {"type": "choice", "values": [3e-3, 1e-9]},
+        "train.batch_size": {"type": "choice", "values": [4, 64]},  # more than there are pairs: seen by the trial alone
+    }
+    spec = spec_of(
+        space,
+        searcher={"kind": "grid"},
+        scheduler={"kind": "asha", "grace_epochs": 2, "reduction_factor": 2},
+        trial={"max_concurrent": 1},
+    )
+    result = search(spec, "train.num_epochs=6")
+    journal = journal_of(tmp_path / "search")
+    assert [item["status"] for item in journal.values()] == ["finished", "failed", "stopped", "failed"]
+    assert [len(item["evaluations"]) for item in journal.values()] == [6, 0, 2, 0]
+    assert "64" in journal["trial-0001"]["reason"]
+    assert result["trials"] == {"finished": 1, "failed": 2, "stopped": 1}
+    runs = runs_below(tracking_uri, result["run_id"])
+    assert [run.info.run_name for run in runs] == list(journal)
+    assert [run.data.tags["search.status"] for run in runs] == ["finished", "failed", "stopped", "failed"]
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "FINISHED", "FAILED"]
+    assert (tmp_path / "search" / "report" / "search.html").stat().st_size > 10_000
+
+    # The best configuration is a file that `train` takes as it is, and it repeats the recall.
+    best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
+    assert (best["name"], best["train"]["optimizer"]["learning_rate"]) == ("small-best", 3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    again = train.train(load(str(tmp_path / "search" / "best.yaml")))
+    torch.set_num_threads(threads)
+    assert again["recall_at_1"] == result["recall_at_1"]
+    assert again["loss"] in [numbers["loss"] for numbers in journal["trial-0000"]["evaluations"]]
+
+    # Given again it only reads, and starts no Ray; trials left by a raised budget are the only ones done.
+    monkeypatch.setattr(tune, "ray_session", None)
+    repeated = search(spec, "train.num_epochs=6")
+    assert repeated == result
+
+
+def test_a_killed_search_goes_on_repeats_nothing_and_is_in_mlflow_once(search, manifest_uri, tracking_uri, tmp_path):
+    spec = {"name": "small", "base": "town", "space": RATE, "budget": {"trials": 3}, "trial": {"max_concurrent": 1}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    out, overrides = tmp_path / "search", ["train.num_epochs=40", "train.keep_last=100"]
+    command = [sys.executable, "-m", "jobs.tune", "--spec", tmp_path / "spec.yaml", "--manifest", manifest_uri]
+    command += ["--out", out, *TINY, f"tracking.uri={tracking_uri}", *overrides]
+    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+    deadline = time.monotonic() + 180
+    second = out / "trials" / "trial-0001" / "checkpoints"
+    while not list(second.glob("step-*")):  # the first one has ended, the second one is under way
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert journal_of(out)["trial-0000"]["status"] == "finished"
+    written = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/checkpoints/*/checkpoint.json")}
+
+    result = search(parse(SearchConfig, spec), *overrides)
+    journal = journal_of(out)
+    assert [item["status"] for item in journal.values()] == ["finished"] * 3
+    assert [[numbers["epoch"] for numbers in item["evaluations"]] for item in journal.values()] == [[*range(1, 41)]] * 3
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # what was trained was not trained again
+    assert [run.info.run_name for run in runs_below(tracking_uri, result["run_id"])] == list(journal)
+
+
+def test_a_population_goes_on_from_the_donors_weights(search, manifest_uri, tmp_path):
+    spec = spec_of(RATE, budget={"trials": 2}, scheduler={"kind": "pbt", "perturb_every": 2, "quantile": 0.5})
+    result = search(spec, "train.num_epochs=4", "train.keep_last=100")
+    out = tmp_path / "search"
+    journal = journal_of(out)
+    assert result["trials"] == {"finished": 2}
+    taken = [
+        (name, number, item) for name, record in journal.items() for number, item in enumerate(record["generations"])
+    ]
+    taken = [(name, number + 1, item) for name, number, item in taken if item["donor"]]
+    assert taken
+    name, number, item = taken[-1]
+    step = f"step-{item['step']:08d}"
+    donor = out / "trials" / item["donor"]
+    donor = donor if item["donor_generation"] == 1 else donor / f"generation-{item['donor_generation']}"
+    ours = out / "trials" / name / f"generation-{number}"
+    files = sorted(path.name for path in (donor / "checkpoints" / step).iterdir())
+    assert len(files) >= 4
+    for file in files:  # weights, optimizer, history: bit for bit
+        assert (ours / "checkpoints" / step / file).read_bytes() == (donor / "checkpoints" / step / file).read_bytes()
+
+    # And it went on from them: the same from that checkpoint, done here, ends in the same weights.
+    base = json.loads((out / "tune.json").read_text())["base"]
+    config = trial_config(base, str(out), number=int(name[-4:]), generation=number, values=item["values"])
+    assert item["values"] != journal[item["donor"]]["generations"][item["donor_generation"] - 1]["values"]
+    copy = parse(ExperimentConfig, {**json.loads((ours / "run.json").read_text())["config"], "output": str(tmp_path)})
+    assert copy.train == config.train
+    shutil.copytree(donor / "checkpoints" / step, Path(copy.folder) / "checkpoints" / step)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    worker.train(copy, device=torch.device("cpu"), on_epoch=lambda metrics: None)
+    torch.set_num_threads(threads)
+    last = max(path.name for path in (ours / "checkpoints").glob("step-*"))
+    assert last > step
+    weights = (ours / "checkpoints" / last / "model.safetensors").read_bytes()
+    assert (Path(copy.folder) / "checkpoints" / last / "model.safetensors").read_bytes() == weights
+
+
+def test_trials_of_two_workers_take_turns_where_there_is_room_for_one(search, tmp_path):
+    spec = spec_of(RATE, budget={"trials": 2}, trial={"workers": 2, "max_concurrent": 2})
+    result = search(spec, "train.num_epochs=1")  # two at a time would want four CPUs of two
+    assert result["trials"] == {"finished": 2}
+    assert [len(item["evaluations"]) for item in journal_of(tmp_path / "search").values()] == [1, 1]
+
+
+def test_a_trial_that_no_machine_can_hold_is_refused(search):
+    with pytest.raises(ClusterError, match=r"trial: a trial wants 3 x 1 CPUs, this machine has 2 CPUs and 0 GPUs"):
+        search(spec_of(RATE, budget={"trials": 2}, trial={"workers": 3}))
+
+
+def test_a_budget_of_time_cuts_trials_that_a_longer_one_goes_on_with(search, tmp_path, caplog):
+    spec = spec_of(RATE, budget={"trials": 1, "hours": 1e-6})
+    with caplog.at_level("WARNING", logger="cvft"):
+        cut = search(spec, "train.num_epochs=2")
+    assert (cut["trials"], cut["best"], cut["used_up"]) == ({"running": 1}, None, "budget.hours=1e-06")
+    assert "budget.hours=1e-06 is used up: cut trial-0000 at epoch 0" in caplog.text
+    longer = spec_of(RATE, budget={"trials": 1, "hours": 1})
+    assert search(longer, "train.num_epochs=2")["trials"] == {"finished": 1}
