@@ -126,6 +126,11 @@ class SearchTrialConfig:
         concurrent = self.max_concurrent
         require(concurrent is None or concurrent >= 1, f"max_concurrent: {concurrent} must be at least 1")
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")
+        is_alone = self.workers == 1
+        require(is_alone or self.cpus == 1, f"cpus: {self.cpus}: each of several workers has one CPU")
+        require(
+            is_alone or self.gpus in (0, 1), f"gpus: {self.gpus:g}: each of several workers has a whole GPU or none"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

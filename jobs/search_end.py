@@ -27,6 +27,7 @@ from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay
 from pipeline.report.search_page import write_search_report
 from pipeline.search import SearchResult, Status
+from pipeline.tracking.server import store_errors
 
 BEST_FILE = "best.yaml"
 NUMBERS_FILE = "search.json"
@@ -57,10 +58,18 @@ def finish_search(search: Search, manifest: Manifest) -> dict[str, Any]:
         files[BEST_FILE] = best_text(search, best, config, verdict=verdict)
     for name, text in files.items():
         search.out.write_bytes(name, text.encode())
-        search.run.log_text(text, f"search/{name}")
-    report = _report(search, result)
     counts = Counter(record.status for record in records)
-    _tell_mlflow(search, best, counts, verdict=verdict)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = write_search_report(result, Path(folder))
+        for path in (drawn.html, *drawn.pngs):
+            search.out.write_bytes(f"{REPORT}/{path.relative_to(folder)}", path.read_bytes())
+        with store_errors(search.run.uri):
+            _tell_mlflow(search, best, counts, verdict=verdict)
+            for name, text in files.items():
+                search.run.log_text(text, f"search/{name}")
+            search.run.log_artifacts([drawn.html], artifact_path="search")
+            search.run.log_artifacts(drawn.pngs, artifact_path="search/figures")
+        report = search.out.uri(f"{REPORT}/{drawn.html.name}")
     _say(search, best, verdict=verdict)
     value = None if best is None else best.best(search.spec.metric)
     return {
@@ -162,18 +171,6 @@ def _result(
         chance=chances[0] if chances and spec.metric == "recall_at_1" else None,
         rungs=rungs(spec.scheduler, search.base.train.num_epochs),
     )
-
-
-def _report(search: Search, result: SearchResult) -> str:
-    """Draw the report into the search's folder and MLflow; return where it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_search_report(result, Path(folder))
-        everything = [path for path in Path(folder).rglob("*") if path.is_file()]
-        for path in everything:
-            search.out.write_bytes(f"{REPORT}/{path.relative_to(folder)}", path.read_bytes())
-        search.run.log_artifacts([files.html], artifact_path="search")
-        search.run.log_artifacts(files.pngs, artifact_path="search/figures")
-        return search.out.uri(f"{REPORT}/{files.html.relative_to(folder)}")
 
 
 def _tell_mlflow(search: Search, best: TrialRecord | None, counts: Counter[Status], *, verdict: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,9 @@ def _fit(search: Search, events: Events, local: str) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consider boosting PBT")  # a trial's process is its own
+        tuner.fit()
     events.finish()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cvft.configuration import dotted_values, to_plain
-from cvft.errors import ConfigError
+from cvft.errors import ConfigError, StoreError
 from jobs import attempts, entry
 from jobs.ablate import make_town
 from jobs.cluster import ray_session
@@ -35,8 +35,8 @@ from jobs.search_run import run_search
 from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay
 from pipeline.storage import Store
-from pipeline.tracking.runs import Run, open_run
-from pipeline.tracking.server import prepare
+from pipeline.tracking.runs import Run, Status, open_run
+from pipeline.tracking.server import prepare, store_errors
 
 # What may differ when a search goes on: how long it may go on, and what happens at its end.
 _FREE = ("budget.", "final.", "trial.max_concurrent", "trial.max_failures")
@@ -73,10 +73,18 @@ def tune(spec: SearchConfig, *, manifest: str, out: str, overrides: list[str]) -
     except attempts.TakenOverError:
         raise
     except BaseException as error:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        _close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    run.finish()
+    _close(run, "FINISHED")
     return {"run_id": run.run_id, "digest": opened.digest, **result}
+
+
+def _close(run: Run, status: Status) -> None:
+    try:
+        with store_errors(run.uri):
+            run.finish(status)
+    except StoreError as error:  # how the search ended matters more
+        entry.LOGGER.warning("the run in MLflow stays open: %s", error)
 
 
 def _prepare(
