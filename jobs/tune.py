@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cvft.configuration import dotted_values, to_plain
+from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import ConfigError, StoreError
 from jobs import attempts, entry
 from jobs.ablate import make_town
@@ -179,13 +179,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _changed(spec: SearchConfig, arguments: argparse.Namespace) -> SearchConfig:
-    if arguments.trials is not None:
-        spec = replace(spec, budget=replace(spec.budget, trials=arguments.trials))
-    if arguments.hours is not None:
-        spec = replace(spec, budget=replace(spec.budget, hours=arguments.hours))
-    if arguments.max_concurrent is not None:
-        spec = replace(spec, trial=replace(spec.trial, max_concurrent=arguments.max_concurrent))
-    return spec
+    plain = to_plain(spec)
+    for section, key, value in (
+        ("budget", "trials", arguments.trials),
+        ("budget", "hours", arguments.hours),
+        ("trial", "max_concurrent", arguments.max_concurrent),
+    ):
+        if value is not None:
+            plain[section][key] = value
+    return parse(SearchConfig, plain)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

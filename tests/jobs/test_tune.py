@@ -56,7 +56,8 @@ def search(ray_cluster, manifest_uri, tracking_uri, tmp_path):
 def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, tracking_uri, tmp_path, monkeypatch):
     space = {
         "train.optimizer.learning_rate": {"type": "choice", "values": [3e-3, 1e-9]},
-        "train.batch_size": {"type": "choice", "values": [4, 64]},  # more than there are pairs: seen by the trial alone
+        # More than there are pairs, which only the trial itself sees.
+        "train.batch_size": {"type": "choice", "values": [4, 64], "when": {"train.optimizer.learning_rate": 3e-3}},
     }
     spec = spec_of(
         space,
@@ -66,14 +67,14 @@ def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, t
     )
     result = search(spec, "train.num_epochs=6")
     journal = journal_of(tmp_path / "search")
-    assert [item["status"] for item in journal.values()] == ["finished", "failed", "stopped", "failed"]
-    assert [len(item["evaluations"]) for item in journal.values()] == [6, 0, 2, 0]
+    assert [item["status"] for item in journal.values()] == ["finished", "failed", "stopped"]
+    assert [len(item["evaluations"]) for item in journal.values()] == [6, 0, 2]
     assert "64" in journal["trial-0001"]["reason"]
-    assert result["trials"] == {"finished": 1, "failed": 2, "stopped": 1}
+    assert result["trials"] == {"finished": 1, "failed": 1, "stopped": 1}
     runs = runs_below(tracking_uri, result["run_id"])
     assert [run.info.run_name for run in runs] == list(journal)
-    assert [run.data.tags["search.status"] for run in runs] == ["finished", "failed", "stopped", "failed"]
-    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "FINISHED", "FAILED"]
+    assert [run.data.tags["search.status"] for run in runs] == ["finished", "failed", "stopped"]
+    assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "FINISHED"]
     assert (tmp_path / "search" / "report" / "search.html").stat().st_size > 10_000
 
     # The best configuration is a file that `train` takes as it is, and it repeats the recall.
@@ -86,34 +87,38 @@ def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, t
     assert again["recall_at_1"] == result["recall_at_1"]
     assert again["loss"] in [numbers["loss"] for numbers in journal["trial-0000"]["evaluations"]]
 
-    # Given again it only reads, and starts no Ray; trials left by a raised budget are the only ones done.
+    # Given again it only reads, and starts no Ray.
     monkeypatch.setattr(tune, "ray_session", None)
     repeated = search(spec, "train.num_epochs=6")
     assert repeated == result
 
 
 def test_a_killed_search_goes_on_repeats_nothing_and_is_in_mlflow_once(search, manifest_uri, tracking_uri, tmp_path):
-    spec = {"name": "small", "base": "town", "space": RATE, "budget": {"trials": 3}, "trial": {"max_concurrent": 1}}
+    spec = {"name": "small", "base": "town", "space": RATE, "budget": {"trials": 2}, "trial": {"max_concurrent": 1}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    out, overrides = tmp_path / "search", ["train.num_epochs=40", "train.keep_last=100"]
+    out, overrides = tmp_path / "search", ["train.num_epochs=12", "train.keep_last=100"]
     command = [sys.executable, "-m", "jobs.tune", "--spec", tmp_path / "spec.yaml", "--manifest", manifest_uri]
     command += ["--out", out, *TINY, f"tracking.uri={tracking_uri}", *overrides]
-    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
-    deadline = time.monotonic() + 180
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
+    )
+    deadline = time.monotonic() + 600
     second = out / "trials" / "trial-0001" / "checkpoints"
-    while not list(second.glob("step-*")):  # the first one has ended, the second one is under way
-        assert time.monotonic() < deadline
-        assert driver.poll() is None
-        time.sleep(0.02)
-    driver.kill()
-    driver.wait()
+    try:
+        while not list(second.glob("step-*")):  # the first one has ended, the second one is under way
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+            time.sleep(0.02)
+    finally:
+        driver.kill()
+        driver.communicate()
     assert journal_of(out)["trial-0000"]["status"] == "finished"
     written = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/checkpoints/*/checkpoint.json")}
 
     result = search(parse(SearchConfig, spec), *overrides)
     journal = journal_of(out)
-    assert [item["status"] for item in journal.values()] == ["finished"] * 3
-    assert [[numbers["epoch"] for numbers in item["evaluations"]] for item in journal.values()] == [[*range(1, 41)]] * 3
+    assert [item["status"] for item in journal.values()] == ["finished"] * 2
+    assert [[numbers["epoch"] for numbers in item["evaluations"]] for item in journal.values()] == [[*range(1, 13)]] * 2
     assert {path: path.stat().st_mtime_ns for path in written} == written  # what was trained was not trained again
     assert [run.info.run_name for run in runs_below(tracking_uri, result["run_id"])] == list(journal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import ConfigError
+from jobs import entry, tune
 from jobs.search_config import SEARCHES, SearchConfig, base_of, load_search, space_of
 from jobs.search_draw import searcher_of
 from jobs.search_journal import Generation, TrialRecord
@@ -247,3 +249,21 @@ def test_explored_values_are_neighbours_inside_the_range():
         )
         found.add((values["train.optimizer.learning_rate"], values["train.augment.flip"]))
     assert found == {(rate, flip) for rate in (9e-3 * 0.8, 1e-2) for flip in (0.0, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "nowhere"], "--spec nowhere: no such file, and no such search; there are: .*town"),
+        (["--trials", "0"], "budget.trials: 0 must be positive"),
+        (["train.num_epochs=1"], "scheduler.grace_epochs: 2 is more than train.num_epochs=1"),
+        (["train.seed=2"], r"final.seeds: \[1, 2, 3\] holds train.seed=2"),
+        (["model.head.channels=33"], "model.head.transport.num_groups.*: 2 cannot be used: model.head.channels: 33"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_nothing_is_written(arguments, message, tmp_path, capfd):
+    assert entry.main(tune.JOB, ["--out", str(tmp_path / "search"), *arguments]) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
