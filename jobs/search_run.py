@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -60,7 +61,7 @@ def _fit(search: Search, events: Events, local: str) -> None:
     settings = TrialSettings(
         base=to_plain(base),
         out=search.out.uri(),
-        run={"uri": search.run.uri, "run_id": search.run.run_id},
+        run=asdict(search.run),
         threads=trial.threads,
         is_population=search.is_population,
     )

@@ -58,7 +58,7 @@ class TrialSettings:
 
     base: Mapping[str, Any]
     out: str
-    run: Mapping[str, str]
+    run: Mapping[str, Any]
     threads: int = 1
     is_population: bool = False
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from cvft.checkpoint import read_info
 from cvft.configuration import parse
 from cvft.errors import ClusterError
 from jobs import train, tune, worker
@@ -22,6 +25,7 @@ from jobs.search_config import SearchConfig
 from jobs.trial import trial_config
 from pipeline.tracking.server import prepare, tracking_client
 from tests.jobs.conftest import TINY
+from tests.jobs.test_shard_killed import descendants
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -166,6 +170,29 @@ def test_trials_of_two_workers_take_turns_where_there_is_room_for_one(search, tm
     result = search(spec, "train.num_epochs=1")  # two at a time would want four CPUs of two
     assert result["trials"] == {"finished": 2}
     assert [len(item["evaluations"]) for item in journal_of(tmp_path / "search").values()] == [1, 1]
+
+
+def test_a_trial_whose_process_is_lost_is_tried_again_and_goes_on(search, tmp_path, caplog):
+    checkpoints = tmp_path / "search" / "trials" / "trial-0000" / "checkpoints"
+    killed = []
+
+    def kill_once():
+        while not list(checkpoints.glob("step-*")):
+            time.sleep(0.02)
+        killed.extend(pid for pid, line in descendants(os.getpid()).items() if "ray::ImplicitFunc" in line)
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_once)
+    thread.start()
+    with caplog.at_level("WARNING", logger="cvft"):
+        result = search(spec_of(RATE, budget={"trials": 1}), "train.num_epochs=10", "train.keep_last=100")
+    thread.join()
+    assert result["trials"] == {"finished": 1}
+    (journal,) = journal_of(tmp_path / "search").values()
+    assert [numbers["epoch"] for numbers in journal["evaluations"]] == [*range(1, 11)]
+    assert "trial-0000 is tried again" in caplog.text
+    steps = [read_info(path).step for path in sorted(checkpoints.iterdir())]
+    assert steps == [3 * epoch for epoch in range(1, 11)]
 
 
 def test_a_trial_that_no_machine_can_hold_is_refused(search):

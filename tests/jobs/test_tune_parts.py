@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from jobs.search_config import BudgetConfig, SchedulerConfig, base_of
 from jobs.search_end import in_words, winner
 from jobs.search_journal import Generation, Journal, TrialRecord
 from jobs.search_scheduler import rungs, scheduler_of
-from jobs.search_table import table_rows
+from jobs.search_table import Table, table_rows
 from jobs.trial import trial_config
 from pipeline.ablation import Trial, summarise
 from pipeline.manifest import Manifest
@@ -36,8 +37,10 @@ def evaluation(epoch, recall):
     return {"epoch": epoch, "step": 4 * epoch, "recall_at_1": recall}
 
 
-def test_a_journal_is_read_as_it_was_written(tmp_path):
-    journal = journal_at(tmp_path)
+@pytest.mark.parametrize("is_remote", [False, pytest.param(True, marks=pytest.mark.objectstore)])
+def test_a_journal_is_read_as_it_was_written(tmp_path, request, is_remote):
+    place = request.getfixturevalue("s3_uri") if is_remote else tmp_path
+    journal = journal_at(place)
     first = TrialRecord(
         number=0, generations=(Generation(values={"train.loss.gamma": 3.5, "train.augment.flip": 0.0}),)
     )
@@ -48,7 +51,7 @@ def test_a_journal_is_read_as_it_was_written(tmp_path):
     second = second.then(evaluation(1, 0.5))
     for item in (second, first):
         journal.put(item)
-    again = journal_at(tmp_path)
+    again = journal_at(place)
     again.load()
     assert list(again.in_order()) == [first, second]
     trial = second.report("run")
@@ -206,6 +209,33 @@ def test_the_table_has_a_row_for_each_trial_and_a_column_for_each_key():
         ["trial", "status", "epoch", "recall_at_1", "time", "gamma", "kind"],
         ["trial-0000", "finished", "1", "10.00", "%", "0", "s", "12.35"],
         ["trial-0001", "finished", "0", "0", "s", "x"],
+    ]
+
+
+def test_in_a_terminal_the_table_is_drawn_over_itself_and_in_a_log_it_is_a_line(monkeypatch, caplog):
+    journal = SimpleNamespace(
+        in_order=lambda: iter([record(0, {"train.loss.gamma": 5.0}), record(1, {}, status="failed")])
+    )
+    spec = SimpleNamespace(metric="recall_at_1")
+    search = SimpleNamespace(spec=spec, journal=journal, proposer=SimpleNamespace(num_trials=4))
+    reader, writer = os.openpty()
+    with os.fdopen(reader, "rb", buffering=0) as screen, os.fdopen(writer, "w") as terminal:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", terminal)
+            table = Table(search)
+            table.show(running=2)
+            table.show(running=2)  # too early
+            table.show(running=0, is_last=True)
+        drawn = screen.read(10_000).decode()
+    first, second = drawn.split("\x1b[4A\x1b[J")
+    assert first.replace("2 running", "0 running") == second
+    assert "search: 2/4 trials begun, 2 running, 1 finished, 1 failed, best 10.00 % (trial-0000)" in first
+    with caplog.at_level("INFO", logger="cvft"):
+        Table(search).show(running=1)
+        Table(search).tell_end(record(1, {"train.loss.gamma": 5.0}, status="stopped"))
+    assert list(caplog.messages) == [
+        "search: 2/4 trials begun, 1 running, 1 finished, 1 failed, best 10.00 % (trial-0000)",
+        "trial-0001 stopped early after epoch 1, best recall_at_1 10.00 % (gamma 5)",
     ]
 
 
