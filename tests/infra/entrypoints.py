@@ -7,7 +7,7 @@ import importlib
 import shlex
 from collections.abc import Sequence
 
-from jobs import config
+from jobs import config, search_config
 
 
 class _RefusedError(Exception):
@@ -34,6 +34,9 @@ def problems(command: str | Sequence[str]) -> list[str]:
         arguments = parser.parse_intermixed_args(words[3:])
         if job.name == "train":
             config.load(arguments.config, arguments.overrides)
+        if job.name == "tune":
+            spec = search_config.load_search(arguments.spec)
+            search_config.base_of(spec, manifest=arguments.manifest, out=arguments.out, overrides=arguments.overrides)
     except (_RefusedError, config.ConfigError) as error:
         return [str(error)]
     return []

@@ -163,6 +163,8 @@ def test_each_entrypoint_is_a_command_line_that_the_job_takes(path):
         "python -m jobs.shard --root s3://a",
         "python -m jobs.train --config modern train.gama=3",
         "python -m jobs.train --config modrn",
+        "python -m jobs.tune --spec twon --manifest a --out b",
+        "python -m jobs.tune --spec town --manifest a --out b train.num_epoch=3",
         "python -m jobs.evaluat --checkpoint a --manifest b",
         "cvft train",
     ],
