@@ -48,10 +48,11 @@ def _finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_a_training_worker(cluster: Cluster, prometheus: Prometheus) -> None:
-    """Wait until the training shows its steps, then kill one of its ranks."""
+    """Wait until the training has shown for a while when its workers started, then kill one of them."""
     deadline = time.monotonic() + 200
-    while not prometheus.api("query", query="ray_cvft_train_step > 30")["result"]:
-        assert time.monotonic() < deadline, "the training shows no step"
+    shown = "count_over_time(max(ray_cvft_train_start_time_s)[1m:1s]) > 12 and on () max(ray_cvft_train_step) > 30"
+    while not prometheus.api("query", query=shown)["result"]:
+        assert time.monotonic() < deadline, "the training shows no steps"
         time.sleep(0.5)
     workers = list_actors(address=cluster.dashboard, filters=[("state", "=", "ALIVE")], timeout=60)
     (victim, *_) = [worker.pid for worker in workers if "TrainWorker" in worker.class_name]
