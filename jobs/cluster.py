@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar, cast
 
 import ray
 
+from cvft.configuration import require
 from cvft.errors import ClusterError
 from jobs.entry import LOGGER
+from jobs.room import await_room
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 _NUM_STARTS = 4
+_NUM_RETRIES = 3
 
 
 @contextlib.contextmanager
@@ -46,6 +53,58 @@ def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_session_with_room(*, what: str, labels: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Be connected to Ray inside the block, once it has room for a task of one CPU.
+
+    Args:
+        what: The option that says where tasks run, for messages.
+        labels: Labels of the nodes to run on.
+
+    Raises:
+        ClusterError: There is no Ray, or no such room now or later.
+    """
+    with ray_session(has_dashboard=False):
+        await_room(1, {"CPU": 1}, what=what, labels=labels)
+        yield
+
+
+def on_a_node(
+    function: Callable[[Argument], Result],
+    argument: Argument,
+    *,
+    use_gpu: bool,
+    labels: Mapping[str, str],
+    what: str,
+) -> Result:
+    """Call a function on a node of the cluster that RAY_ADDRESS names, or here if it names none.
+
+    A node that is lost meanwhile is replaced by another one, so the function must bear to be called again.
+
+    Args:
+        function: What to call; it and its argument travel to the node.
+        argument: Its argument.
+        use_gpu: Whether the node must have a GPU to spare; here it takes what there is.
+        labels: Labels of the node.
+        what: The option that asks for them, for messages.
+
+    Raises:
+        ClusterError: There is no such node, now or later, or nodes were lost again and again.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        require(not labels, f"{what}: there are no nodes to choose from; submit the job, or set RAY_ADDRESS")
+        return function(argument)
+    with ray_session():
+        resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+        await_room(1, resources, what=what, labels=labels)
+        task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_retries=_NUM_RETRIES, label_selector=dict(labels))
+        try:
+            return cast(Result, ray.get(task(function).remote(argument)))
+        except (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ClusterError(f"its node was lost {_NUM_RETRIES + 1} times: {reason}") from error
 
 
 def _start(*, num_cpus: int, include_dashboard: bool) -> None:

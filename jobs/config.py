@@ -20,6 +20,7 @@ from cvft.augment import AugmentConfig
 from cvft.config import LossConfig, ModelConfig, OptimizerConfig, Precision, PreprocessConfig
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
+from jobs.node_labels import check_labels
 from jobs.tracking_config import TrackingConfig
 from pipeline.mining import SamplingConfig
 from pipeline.schema import TRAIN, VAL
@@ -80,6 +81,7 @@ class TrainConfig:
         workers: Ray Train workers; 1 trains in this process without Ray. A list `[min, max]` is elastic: as many as the
             cluster has room for, fewer when nodes are lost and more when some are added.
         use_gpu: Give each worker a GPU.
+        node_labels: Labels of the cluster's nodes that workers run on: `{ray.io/node-group: gpu}`.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.
         early_stopping: Stop after so many evaluations in a row without a better R@1; null trains all epochs.
         checkpoint_every_steps: Save a checkpoint each so many steps as well; null saves only with evaluations.
@@ -109,6 +111,7 @@ class TrainConfig:
     precision: Precision = "float32"
     workers: int | tuple[int, int] = 2
     use_gpu: bool = False
+    node_labels: dict[str, str] = field(default_factory=dict)
     evaluate_every: int = 1
     early_stopping: int | None = None
     checkpoint_every_steps: int | None = None
@@ -138,6 +141,7 @@ class TrainConfig:
         require(self.batch_size >= 2, f"batch_size: {self.batch_size} must be at least 2; a pair needs a negative")
         chunk_size = self.chunk_size
         require(chunk_size is None or chunk_size >= 1, f"chunk_size: {chunk_size} must be at least 1, or null for all")
+        check_labels(self.node_labels, "node_labels")
         self._check_workers()
 
     def _check_workers(self) -> None:

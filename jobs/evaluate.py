@@ -13,7 +13,9 @@ from typing import Any
 from cvft.augment import AugmentConfig
 from cvft.errors import ConfigError
 from jobs import entry
+from jobs.cluster import on_a_node
 from jobs.config import read_overrides
+from jobs.node_labels import add_node_label, parse_labels
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
 from pipeline.report.charts import RECALLS
 
@@ -69,12 +71,10 @@ def run(arguments: argparse.Namespace) -> Evaluation:
     )
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str | None]:
+    """Evaluate where this is called; return the result, a table for people, and why leaks are unknown if they are."""
     found = run(arguments)
-    entry.LOGGER.info("\n%s", recall_table(found.metrics(), found.result.one_percent_k))
-    if found.queries.leaks.unknown_because:
-        entry.LOGGER.warning("recall without leaks is unknown: %s", found.queries.leaks.unknown_because)
-    return {
+    result = {
         **found.metrics(),
         "leaked_queries_by": dict(found.queries.leaks.num_by_trait),
         "one_percent": found.result.one_percent,
@@ -87,6 +87,23 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         "fov_deg": arguments.fov,
         "is_orientation_unknown": arguments.unknown_orientation,
     }
+    return result, recall_table(found.metrics(), found.result.one_percent_k), found.queries.leaks.unknown_because
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_evaluation_arguments(parser)
+    parser.add_argument("--use-gpu", action="store_true", help="on a cluster, take a node with a GPU")
+    add_node_label(parser)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    labels = parse_labels(arguments.node_label, option="--node-label")
+    what = "--node-label" if labels else "evaluate"
+    result, table, unknown = on_a_node(_measure, arguments, use_gpu=arguments.use_gpu, labels=labels, what=what)
+    entry.LOGGER.info("\n%s", table)
+    if unknown:
+        entry.LOGGER.warning("recall without leaks is unknown: %s", unknown)
+    return result
 
 
 def recall_table(metrics: Mapping[str, float | None], one_percent_k: int) -> str:
@@ -117,7 +134,7 @@ JOB = entry.Job(
     summary="Measure a checkpoint's recall on a split of a manifest; equal scores count against the query.",
     example="cvft evaluate --checkpoint $(ls -d demo/runs/town-*/checkpoints/* | tail -1)"
     " --manifest $(ls demo/shards/manifests/*.parquet)",
-    add_arguments=add_evaluation_arguments,
+    add_arguments=_add_arguments,
     run=_run,
 )
 

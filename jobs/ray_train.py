@@ -20,13 +20,14 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
-from cvft.errors import ClusterError, CvftError, TrainingError
+from cvft.errors import CvftError, TrainingError
 from jobs import attempts, pictures, tracked, worker
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
 from jobs.leaving import ROOM, Leaving
 from jobs.progress import Metrics
+from jobs.room import await_room
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -43,7 +44,7 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
         is_trial: Called within a trial of Tune, which is told of every evaluation once its checkpoint is durable.
 
     Raises:
-        ClusterError: A Ray started here has too few GPUs.
+        ClusterError: The cluster has no room for the workers, and never will.
         TakenOverError: The same run was started again elsewhere, and goes on there.
         TrainingError: A worker met an error that no restart can mend; the message is its own.
     """
@@ -56,7 +57,9 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
         # Ray's view of the cluster may be 20 s old: do not wait much longer for room on a node that is lost.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
     with ray_session(num_cpus=config.train.max_workers):
-        _require_gpus(config)
+        workers = f"train.workers={config.train.min_workers}"
+        resources, labels = _resources(config.train), config.train.node_labels
+        await_room(config.train.min_workers, resources, what=workers, labels=labels)
         try:
             while reason := _fit(config, {**settings, "room_s": room_s}):
                 LOGGER.info("starting the workers again from the checkpoint they left")
@@ -80,6 +83,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             num_workers=train.workers,
             use_gpu=train.use_gpu,
             resources_per_worker=_resources(train),
+            label_selector=train.node_labels or None,
             elastic_resize_monitor_interval_s=_NEVER_S,  # the workers themselves look, see `jobs.leaving`
         ),
         run_config=ray.train.RunConfig(
@@ -95,13 +99,6 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
 
 def _resources(train: TrainConfig) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1}
-
-
-def _require_gpus(config: ExperimentConfig) -> None:
-    # A cluster may grow the GPUs it lacks; a Ray on this machine will not.
-    num_gpus, workers = int(ray.cluster_resources().get("GPU", 0)), config.train.min_workers
-    if config.train.use_gpu and num_gpus < workers and not os.environ.get("RAY_ADDRESS"):
-        raise ClusterError(f"train.use_gpu: {workers} workers want a GPU each, this machine has {num_gpus}")
 
 
 def _raise_what_ended_it(store: Store, attempt: str) -> None:

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "train.store_patience_s",
     "train.workers",
     "train.use_gpu",
+    "train.node_labels",
     "train.max_failures",
     "train.preemption_check_every_steps",
     "train.resize_after_s",
@@ -83,7 +84,11 @@ def _changes(config: ExperimentConfig, manifest: Manifest, known: dict[str, Any]
     defaults = dotted_values(to_plain(ExperimentConfig(name="any", data=DataConfig(manifest="any"))))
     then, now = defaults | dotted_values(known["config"]), dotted_values(to_plain(config))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    changed = [f"{key}={now.get(key)!r} (was {then.get(key)!r})" for key in changed if key not in FREE_KEYS]
+    changed = [f"{key}={now.get(key)!r} (was {then.get(key)!r})" for key in changed if not _is_free(key)]
     if known["manifest_digest"] != manifest.digest:
         changed.append(f"manifest {manifest.digest[:16]} (was {known['manifest_digest'][:16]})")
     return changed
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)

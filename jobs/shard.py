@@ -14,8 +14,9 @@ from typing import Any
 from cvft.config import PreprocessConfig
 from cvft.errors import ConfigError
 from jobs import entry
-from jobs.cluster import ray_session
+from jobs.cluster import ray_session_with_room
 from jobs.metrics import ShardingMetrics
+from jobs.node_labels import add_node_label, parse_labels
 from jobs.validate import add_source_arguments
 from pipeline.build import BuildOptions, build_shards
 from pipeline.plan import Cut
@@ -33,6 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs-per-shard", type=int, default=1000, help="pairs in a shard (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the permutation that mixes pairs over shards")
     parser.add_argument("--window", type=int, help="tasks in flight (default: twice the cluster's CPUs)")
+    add_node_label(parser)
     parser.add_argument("--no-image-check", action="store_true", help="do not decode each image before writing it")
     parser.add_argument("--skip-unusable", action="store_true", help="leave unusable pairs out, named in the manifest")
     parser.add_argument("--exclude", metavar="FILE", help="keys to leave out, as `validate --fix-list` writes")
@@ -97,7 +99,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         exclude=arguments.exclude,
         rebuild=arguments.rebuild,
     )
-    runner = OnRay(window=arguments.window, session=partial(ray_session, has_dashboard=False))
+    labels = parse_labels(arguments.node_label, option="--node-label")
+    session = partial(ray_session_with_room, what="shard", labels=labels)
+    runner = OnRay(window=arguments.window, session=session, labels=labels)
     made = build_shards(arguments.root, arguments.store, options, runner=runner, progress=ShardingProgress())
     for problem in made.excluded[:_NUM_NAMED]:
         entry.LOGGER.warning("left out: %s", problem)

@@ -22,7 +22,6 @@ from typing import Any
 from cvft.configuration import dotted_values
 from cvft.errors import ConfigError
 from jobs import entry
-from jobs.config import read_overrides
 
 _PLACES = ("root", "store", "manifest", "checkpoint", "output", "out", "json", "html", "fix_list", "weights", "uri")
 """Arguments and keys that name a folder, a file or a URI which the job's processes must reach."""
@@ -102,7 +101,8 @@ def read(command: Sequence[str], *, known: Sequence[str], name: str | None = Non
 def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments as they are; overrides as what they set, in no order."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    return values | {"overrides": read_overrides(values.get("overrides", ()))}
+    overrides = (text.partition("=") for text in values.get("overrides", ()))
+    return values | {"overrides": {key: value for key, _, value in overrides}}
 
 
 def check_places(submission: Submission, *, working_dir: Path | None, names: Sequence[str]) -> list[str]:

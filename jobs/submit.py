@@ -22,6 +22,7 @@ from jobs.commit import code_commit
 from jobs.entry import LOGGER, EndedElsewhereError
 from jobs.following import Follower, find_result
 from jobs.job_server import Attempt, JobServer, Request
+from jobs.node_labels import parse_labels
 from jobs.package import collect, pack
 from jobs.submission import Submission, check_places, environment, read
 
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [] if folder is None else collect(folder, exclude=arguments.exclude)
     local = check_places(submission, working_dir=folder, names=names)
     variables = environment(arguments.env)
-    labels = _labels(arguments.label)
+    labels = parse_labels(arguments.label, option="--label")
     server = JobServer(arguments.address)
     if local and not server.is_here:
         LOGGER.warning("%s: every node of %s must see the same there", ", ".join(local), server.address)
@@ -171,14 +172,6 @@ def _ended(attempt: Attempt) -> str:
     return (
         f"failed: {attempt.message[:300]}" if attempt.exit_code is None else f"ended with exit code {attempt.exit_code}"
     )
-
-
-def _labels(texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for text, (key, separator, value) in zip(texts, pairs, strict=True):
-        if not (key and separator and value):
-            raise ConfigError(f"--label {text}: is written KEY=VALUE, such as ray.io/node-group=gpu")
-    return {key: value for key, _, value in pairs}
 
 
 JOB = entry.Job(

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,14 +39,16 @@ class OnRay:
         session: RaySession = contextlib.nullcontext,
         num_cpus: float = 1.0,
         num_gpus: float = 0.0,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare to run.
 
         Args:
-            window: Tasks submitted at a time; twice the cluster's CPUs if none.
+            window: Tasks submitted at a time; twice the cluster's CPUs if none, and more as an autoscaler adds some.
             session: Makes a Ray be there; without it Ray must be initialised.
             num_cpus: CPUs of a task.
             num_gpus: GPUs of a task.
+            labels: Labels of the nodes that tasks run on; none takes any.
 
         Raises:
             ConfigError: `window` is less than 1.
@@ -56,6 +58,7 @@ class OnRay:
         self._window = window
         self._session = session
         self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        self._labels = dict(labels or {})
 
     def run(
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
@@ -77,14 +80,15 @@ class OnRay:
         self, function: Callable[[Input], Output], inputs: Sequence[Input], tick: Callable[[], None]
     ) -> Iterator[tuple[int, Output]]:
         tick()
-        size = self._window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         # Ray's own retries are off: it would try again in silence.
-        task = ray.remote(max_retries=0, **self._resources)(_run_later)
+        task = ray.remote(max_retries=0, label_selector=self._labels, **self._resources)(_run_later)
         waiting = list(reversed(range(len(inputs))))
         running: dict[Any, int] = {}
         failures: Counter[int] = Counter()
         try:
             while waiting or running:
+                # Tasks without a CPU are what an autoscaler adds nodes for: the window grows with them.
+                size = self._window or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
                 while waiting and len(running) < size:
                     number = waiting.pop()
                     running[task.remote(function, inputs[number], 0.5 * failures[number])] = number

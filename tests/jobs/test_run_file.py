@@ -31,6 +31,7 @@ def begun(tiny, manifest_uri):
 def test_where_things_lie_and_what_computes_may_differ(begun):
     assert not begun()
     assert begun("train.chunk_size=2", "train.compile=true", "data.keep_pixels=host", "train.checkpoint_every_steps=3")
+    assert begun("train.node_labels={ray.io/node-group: gpu}")
 
 
 def test_what_changes_the_numbers_is_refused_by_its_key(begun):

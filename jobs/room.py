@@ -1,0 +1,166 @@
+"""Room on a cluster for what a job needs: asked for, waited for in words, refused at once where it never comes.
+
+A placement group asks for it, which the autoscaler sees as it sees the work itself; it is given back as soon as it is
+there, and the work takes its place before idle nodes are taken away. So nothing of ours holds a node.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from cvft.errors import ClusterError
+from jobs.entry import LINE_INTERVAL_S, LOGGER
+
+_POLL_S = 1.0
+_GRACE_S = 3.0  # nodes that have just gone are still counted, and those that have just come are not
+
+
+def await_room(
+    number: int, resources: Mapping[str, float], *, what: str, labels: Mapping[str, str] | None = None
+) -> None:
+    """Wait until the cluster has room for `number` times `resources`, and say what is waited for.
+
+    Args:
+        number: Workers or tasks that must run at the same time.
+        resources: What each needs.
+        what: The key or option that asks for them, for messages.
+        labels: Labels of the nodes to run on.
+
+    Raises:
+        ClusterError: There is no such room, now or later: no node is large enough and none that is can be added.
+    """
+    wanted = _Wanted(number, dict(resources), dict(labels or {}), what)
+    group = placement_group([wanted.resources] * number, bundle_label_selector=[wanted.labels] * number)
+    began = last_said = time.monotonic()
+    try:
+        while not group.wait(_POLL_S):
+            now = time.monotonic()
+            status = _Status.now()
+            if now - began >= _GRACE_S:
+                _check_possible(wanted, group, status)
+            if now - last_said >= LINE_INTERVAL_S or last_said == began:
+                last_said = now
+                LOGGER.info("waiting for %s (%s): %s", wanted, what, status.describe(wanted.labels))
+        if last_said != began:
+            LOGGER.info("%s found after %.0f s", wanted, time.monotonic() - began)
+    finally:
+        remove_placement_group(group)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    number: int
+    resources: dict[str, float]
+    labels: dict[str, str]
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.number} x {_sum(self.resources)}{_on(self.labels)}"
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What the cluster is, and what its autoscaler does.
+
+    Attributes:
+        nodes: Those that are alive, as `ray.nodes()` gives them.
+        free: Resources that nobody uses.
+        has_autoscaler: Whether nodes can come.
+        infeasible: Ids of placement groups that no nodes can hold, whatever is added.
+        coming: Nodes that are being started, by type.
+    """
+
+    nodes: list[dict[str, Any]]
+    free: Mapping[str, float]
+    has_autoscaler: bool
+    infeasible: frozenset[str]
+    coming: Mapping[str, int]
+
+    @classmethod
+    def now(cls) -> _Status:
+        reply = GetClusterStatusReply()
+        reply.ParseFromString(GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status())
+        state = reply.autoscaling_state
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        coming: dict[str, int] = {}
+        for request in state.pending_instance_requests:
+            coming[request.ray_node_type_name] = coming.get(request.ray_node_type_name, 0) + request.count
+        return cls(
+            nodes=nodes,
+            free=ray.available_resources(),
+            has_autoscaler=state.autoscaler_state_version > 0 or _has_old_autoscaler(),
+            # A gang is described as id, strategy and state.
+            infeasible=frozenset(gang.details.split(":")[0] for gang in state.infeasible_gang_resource_requests),
+            coming=coming,
+        )
+
+    def describe(self, labels: Mapping[str, str]) -> str:
+        """Say what there is."""
+        totals = _total(self.nodes)
+        shown = {name: amount for name, amount in totals.items() if name in ("CPU", "GPU")}
+        free = {name: self.free.get(name, 0.0) for name in shown}
+        said = f"{_sum(free)} free of {_sum(shown)}" if shown else "no CPU or GPU"
+        said += f" on {len(self.nodes)} nodes"
+        if labels:
+            said += f", {len(_labelled(self.nodes, labels))} of them{_on(labels)}"
+        if self.coming:
+            return said + "; coming: " + ", ".join(f"{number} x {name}" for name, number in self.coming.items())
+        return said + ("; the autoscaler adds none so far" if self.has_autoscaler else "; there is no autoscaler")
+
+
+def _check_possible(wanted: _Wanted, group: PlacementGroup, status: _Status) -> None:
+    if group.id.hex() in status.infeasible:
+        reason = "no type of node that its autoscaler may add holds them, or it may not add so many"
+    elif not status.has_autoscaler and _num_held(wanted, status.nodes) < wanted.number:
+        reason = "and there is no autoscaler to add any"
+    else:
+        return
+    found = status.describe(wanted.labels).partition(";")[0]
+    raise ClusterError(f"{wanted.what}: {wanted} cannot be had: the cluster has {found}, {reason}")
+
+
+def _num_held(wanted: _Wanted, nodes: list[dict[str, Any]]) -> int:
+    """Return how many of what is wanted fit into the nodes if nothing else is there."""
+    per_node = (
+        min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in wanted.resources.items())
+        for node in _labelled(nodes, wanted.labels)
+    )
+    return sum(per_node)
+
+
+def _labelled(nodes: list[dict[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [node for node in nodes if labels.items() <= node["Labels"].items()]
+
+
+def _has_old_autoscaler() -> bool:
+    """Tell whether Ray's first autoscaler adds nodes here; where it only looks on, it names types after nodes."""
+    text = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
+    report = json.loads(text).get("autoscaler_report") if text else None
+    types = list((report or {}).get("active_nodes") or {})
+    ids = {f"node_{node['NodeID']}" for node in ray.nodes()}
+    return bool(types) and not set(types) <= ids
+
+
+def _total(nodes: list[dict[str, Any]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for node in nodes:
+        for name, amount in node["Resources"].items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _sum(resources: Mapping[str, float]) -> str:
+    return " + ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _on(labels: Mapping[str, str]) -> str:
+    return "" if not labels else " on " + ", ".join(f"{key}={value}" for key, value in labels.items())

@@ -1,0 +1,55 @@
+"""Room on a cluster without an autoscaler: two CPUs, and no more ever. With one, see test_submit.py."""
+
+import time
+
+import pytest
+
+from cvft.errors import ClusterError, ConfigError
+from jobs import room
+from jobs.node_labels import parse_labels
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch):
+    monkeypatch.setattr(room, "_POLL_S", 0.2)
+    monkeypatch.setattr(room, "_GRACE_S", 0.0)
+
+
+def test_room_that_is_there_is_found_and_given_back(ray_cluster):
+    for _ in range(3):
+        room.await_room(2, {"CPU": 1}, what="train.workers=2")
+
+
+@pytest.mark.parametrize(
+    ("number", "resources", "labels", "wanted"),
+    [
+        (3, {"CPU": 1}, {}, r"3 x 1 CPU"),
+        (1, {"CPU": 1, "GPU": 1}, {}, r"1 x 1 CPU \+ 1 GPU"),
+        (1, {"CPU": 1}, {"ray.io/node-group": "gpu"}, r"1 x 1 CPU on ray\.io/node-group=gpu"),
+    ],
+)
+def test_room_that_never_comes_is_refused_at_once(ray_cluster, number, resources, labels, wanted):
+    message = rf"^train\.workers: {wanted} cannot be had: the cluster has .*of 2 CPU on 1 nodes.* no autoscaler"
+    with pytest.raises(ClusterError, match=message):
+        room.await_room(number, resources, what="train.workers", labels=labels)
+
+
+def test_room_that_others_have_is_waited_for_in_words(ray_cluster, caplog):
+    holding = ray.remote(num_cpus=2)(lambda: time.sleep(2.5)).remote()
+    while ray.available_resources().get("CPU", 0) > 0:
+        time.sleep(0.1)
+    with caplog.at_level("INFO"):
+        room.await_room(1, {"CPU": 1}, what="evaluate")
+    ray.get(holding)
+    assert "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 nodes; there is no autoscaler" in caplog.text
+    assert "1 x 1 CPU found after" in caplog.text
+
+
+def test_labels_are_plain_words():
+    assert parse_labels(["a=b", "ray.io/node-group=gpu"], option="--label") == {"a": "b", "ray.io/node-group": "gpu"}
+    for text in ("a", "=b", "a=", "a=!b", "a=in(b,c)"):
+        with pytest.raises(ConfigError, match="--label"):
+            parse_labels([text], option="--label")
