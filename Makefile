@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+CLUSTER ?= /tmp/cvft-cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-objectstore test-monitoring test-tensorflow test-timm test-triton check bench bench-peers help clean-demo
+.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -46,6 +47,14 @@ test-timm: .venv-timm/.installed  ## trunks of timm, beside a torchvision that f
 
 test-triton: $(VENV)/.developer .venv-triton/.installed  ## the fused kernel in Triton's interpreter (no GPU needed)
 	@PYTHONPATH=.venv-triton $(BIN)/python -m pytest tests/cvft/test_kernels.py
+
+# Ray, the store and MLflow are told apart by their folder, and ended by the numbers of their processes.
+cluster: $(VENV)/.developer  ## one machine that behaves as many: Ray with an autoscaler, an object store and MLflow, in CLUSTER
+	@infra/local/cluster.sh start $(CLUSTER)
+
+cluster-stop:  ## end it, and forget what it holds
+	@infra/local/cluster.sh stop $(CLUSTER)
+	rm -rf $(CLUSTER)
 
 clean-demo:  ## forget the demo's data, runs and models
 	rm -rf $(DEMO)
