@@ -16,6 +16,7 @@ import io
 import secrets
 import sys
 import tracemalloc
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from pipeline.storage import FileStatus
 ROOT = Path(__file__).parents[2]
 INPUTS, TEMPLATE, PAGE = ROOT / "infra/cost/inputs.yaml", ROOT / "infra/cost/page.md.j2", ROOT / "infra/cost.md"
 TILES = (10**6, 10**8, 10**9)
-NUM_ROWS = 20_000
+NUM_ROWS = 10_000
 DESCRIPTOR = 4096
 PAIRS_PER_SHARD = 1000
 
@@ -86,6 +87,7 @@ def _rank_cpu_s(measured: dict[str, Any]) -> float:
 # --- what is found here ----------------------------------------------------------------------------------------------
 
 
+@cache
 def embedding_gflop() -> dict[str, float]:
     """The work of embedding one image of each kind with the official network, forward only."""
     preprocess = PreprocessConfig()
