@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,23 @@ def _read() -> dict[str, Any]:
     return yaml.safe_load((FOLDER / "compose.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_composition_fits_the_specification_and_names_only_what_is_there():
-    assert validators.compose_problems(_read()) == []
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """The variables that `make-env.sh` makes."""
+    script = shutil.copy(FOLDER / "make-env.sh", tmp_path_factory.mktemp("compose"))
+    subprocess.run([script], check=True, capture_output=True)
+    lines = Path(script).with_name(".env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_docker_compose_takes_the_composition(environment):
+    assert validators.compose_problems(_read(), environment) == []
+
+
+def test_docker_compose_says_what_to_do_where_passwords_are_missing(environment):
+    environment = {name: value for name, value in environment.items() if name != "POSTGRES_PASSWORD"}
+    problems = validators.compose_problems(_read(), environment)
+    assert any("POSTGRES_PASSWORD" in line and "make-env.sh" in line for line in problems)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +48,16 @@ def test_the_composition_fits_the_specification_and_names_only_what_is_there():
         ("postgres", "imag", "postgres"),
         ("postgres", "healthcheck", {"tests": ["CMD", "true"]}),
         ("mlflow", "depends_on", {"postgress": {"condition": "service_healthy"}}),
-        ("mlflow", "depends_on", {"postgres": {"condition": "service_is_healthy"}}),
+        ("mlflow", "depends_on", {"postgres": {"condition": 3}}),
         ("ray-head", "read_only", 3),
         ("ray-head", "volumes", ["cash:/cache"]),
         ("ray-worker", "deploy", {"replica": 2}),
     ],
 )
-def test_a_broken_field_is_caught(service, field, value):
+def test_a_broken_field_is_caught(environment, service, field, value):
     composition = copy.deepcopy(_read())
     composition["services"][service][field] = value
-    assert validators.compose_problems(composition)
+    assert validators.compose_problems(composition, environment)
 
 
 def test_no_secret_has_a_value_or_a_default():

