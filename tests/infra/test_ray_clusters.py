@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.infra import validators
 
@@ -22,6 +23,14 @@ def _read(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_a_cluster_fits_the_schema_in_rays_wheel(name):
     assert validators.ray_cluster_problems(_read(name)) == []
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_launcher_itself_fills_in_the_rest_and_takes_it(name):
+    config = prepare_config(_read(name))
+    validate_config(config)
+    assert config["setup_commands"] == []  # the image holds everything
+    assert "ray start" in config["head_start_ray_commands"][-1]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
