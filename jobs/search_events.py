@@ -123,11 +123,14 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
 
 
 def close_runs(search: Search) -> None:
-    """Tell MLflow of every trial that ended how it did, where it does not know."""
+    """Tell MLflow of every trial that ended how it did, where it does not know, and what it has not taken yet."""
     for record in list(search.journal.in_order()):
         if record.status != "running" and not record.is_closed:
             close_run(search, record)
             search.journal.put(replace(record, is_closed=True))
+        elif record.is_closed and (run := read_run(search.journal.folder(record.number))) is not None:
+            for number in range(1, len(record.generations) + 1):
+                tracked.deliver(search.config(replace(record, generations=record.generations[:number])), run)
 
 
 def close_run(search: Search, record: TrialRecord) -> None:

@@ -115,6 +115,18 @@ def finish_run(
     return outbox.run.run_id
 
 
+def deliver(config: ExperimentConfig, run: Run) -> int:
+    """Send what still waits for MLflow in a training's folder, if MLflow answers.
+
+    Returns:
+        Number of entries that go on waiting.
+
+    Raises:
+        StoreError: The folder cannot be read or written.
+    """
+    return _outbox(config, run).close()
+
+
 class Recorder:
     """Tells MLflow of a training under way; rank 0 alone makes one."""
 
