@@ -215,7 +215,11 @@ def _model_faults(run: Run, trial: Path, epochs: list[dict[str, Any]]) -> Iterat
     experiment = run.client.get_run(run.run_id).info.experiment_id
     models = run.client.search_logged_models([experiment], f"source_run_id = '{run.run_id}'")
     found = sorted(
-        (model.params["step"], {metric.key: metric.value for metric in model.metrics}["recall_at_1"], str(model.status))
+        (
+            model.params["step"],
+            {metric.key: metric.value for metric in model.metrics}["recall_at_1"],
+            model.status.value,
+        )
         for model in models
     )
     if found != sorted((str(epoch["step"]), epoch["recall_at_1"], "READY") for epoch in epochs):
