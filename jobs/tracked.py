@@ -124,7 +124,7 @@ def deliver(config: ExperimentConfig, run: Run) -> int:
     Raises:
         StoreError: The folder cannot be read or written.
     """
-    return _outbox(config, run).close()
+    return outbox_of(config, run).close()
 
 
 class Recorder:

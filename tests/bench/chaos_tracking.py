@@ -22,9 +22,7 @@ import argparse
 import itertools
 import json
 import os
-import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,8 +44,8 @@ from pipeline.runner import Here
 from pipeline.synthetic.write import TownConfig, write_town
 from pipeline.tracking.runs import Run, opened
 from pipeline.tracking.spool import Spool
+from tests.mlflow_stack import MlflowStack
 
-SCRIPT = Path(__file__).parents[2] / "infra/mlflow/server.sh"
 EVERY = 10  # steps that are told together
 WINDOWS = ("before", "during", "after")
 # `python -m jobs.tune` on a Ray with as many CPUs as trials, however few the machine has.
@@ -70,29 +68,6 @@ SETTINGS = {
 }
 
 
-class Server:
-    """A real MLflow server in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.chmod(0o711)  # PostgreSQL's user enters it
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._environment = {**os.environ, "PYTHON": sys.executable, "PORT": str(port)}
-
-    def __call__(self, command: str) -> dict[str, str]:
-        done = subprocess.run(
-            ["nice", "-n", "19", SCRIPT, command, self._folder],
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        return dict(re.findall(r"export (\w+)=(\S*)", done.stdout))
-
-
 @dataclass
 class Search:
     """One search: where it is, when all its trials trained, when the server was away, what was wrong."""
@@ -103,15 +78,11 @@ class Search:
     marks: dict[str, float] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
-    def trials(self) -> list[Path]:
-        """The trials' folders."""
-        return sorted((self.folder / "trials").glob("trial-*"))
-
     def wait_until_all_train(self) -> None:
         """Wait until every trial has told of its first steps."""
-        while sum(any(b"train/loss" in path.read_bytes() for path in _spools(trial)) for trial in self.trials()) < (
-            self.num_trials
-        ):
+        while sum(
+            any(b"train/loss" in path.read_bytes() for path in _spools(trial)) for trial in _trials(self.folder)
+        ) < (self.num_trials):
             assert self.process.poll() is None, f"the search ended early, see {self.folder}.log"
             time.sleep(0.5)
         self.marks["begin"] = time.time()
@@ -121,6 +92,20 @@ class Search:
         output, _ = self.process.communicate(timeout=900)
         assert self.process.returncode == 0, f"tune failed, see {self.folder}.log"
         self.result = json.loads(output.splitlines()[-1])
+
+    def end(self) -> None:
+        """End it, if it was not over."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(timeout=60)
+
+
+def _has_begun(trial: Path) -> bool:
+    return any(b"train/loss" in path.read_bytes() for path in _spools(trial))
+
+
+def _trials(folder: Path) -> list[Path]:
+    return sorted((folder / "trials").glob("trial-*"))
 
 
 def _spools(trial: Path) -> list[Path]:
@@ -155,7 +140,7 @@ def start_search(folder: Path, *, manifest: str, uri: str, num_trials: int, num_
     return Search(folder=folder, num_trials=num_trials, process=process)
 
 
-def run_search(search: Search, server: Server, *, before_s: float, away_s: float, is_disturbed: bool) -> None:
+def run_search(search: Search, server: MlflowStack, *, before_s: float, away_s: float, is_disturbed: bool) -> None:
     """Let a search go by; end and start the server on the way, or only note when that would be."""
     search.wait_until_all_train()
     time.sleep(before_s)
@@ -230,16 +215,16 @@ def _model_faults(run: Run, trial: Path, epochs: list[dict[str, Any]]) -> Iterat
         yield f"is_kept says {sorted(kept)}, there are {sorted(there)}"
 
 
-def times_of(search: Search) -> dict[str, dict[str, list[float]]]:
+def times_of(folder: Path, marks: dict[str, float]) -> dict[str, dict[str, list[float]]]:
     """Return milliseconds per step by window, of every interval of every trial while all train."""
     intervals = []
-    for trial in search.trials():
+    for trial in _trials(folder):
         run = opened(Run(**json.loads((trial / RUN_FILE).read_text())["run"]))
         history = run.client.get_metric_history(run.run_id, "train/step_s")
         ends = [metric.timestamp / 1000 for metric in history]
         walls = [(end - begin) / EVERY for begin, end in itertools.pairwise(ends)]
         intervals.append(list(zip(ends[1:], [metric.value for metric in history[1:]], walls, strict=True)))
-    marks = {**search.marks, "end": min(trial[-1][0] for trial in intervals)}
+    marks = {**marks, "end": min(trial[-1][0] for trial in intervals)}
     edges = {"before": ("begin", "away"), "during": ("away", "back"), "after": ("back", "end")}
     found: dict[str, dict[str, list[float]]] = {}
     for window, (first, last) in edges.items():
@@ -248,18 +233,19 @@ def times_of(search: Search) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def report(search: Search, name: str, artifacts: set[str]) -> dict[str, Any]:
+def report(folder: Path, marks: dict[str, float], result: dict[str, Any], artifacts: set[str]) -> dict[str, Any]:
     """Print and return what became of a search."""
-    faults = {trial.name: list(faults_of(trial, search.result["run_id"], artifacts)) for trial in search.trials()}
+    name = folder.name
+    faults = {trial.name: list(faults_of(trial, result["run_id"], artifacts)) for trial in _trials(folder)}
     for trial, found in faults.items():
         for fault in found:
             print(f"{name} {trial}: {fault}")
-    times = times_of(search)
+    times = times_of(folder, marks)
     row: dict[str, Any] = {
         "num_trials": len(faults),
-        "away_s": round(search.marks["back"] - search.marks["away"], 1),
+        "away_s": round(marks["back"] - marks["away"], 1),
         "num_faults": sum(map(len, faults.values())),
-        "search": search.result["trials"],
+        "search": result["trials"],
     }
     for window in WINDOWS:
         medians = {kind: statistics.median(values) for kind, values in times[window].items() if values}
@@ -275,28 +261,18 @@ def report(search: Search, name: str, artifacts: set[str]) -> dict[str, Any]:
     return row
 
 
-def main() -> int:
-    """Run the searches, look, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--searches", nargs="+", choices=["disturbed", "control"], default=["disturbed", "control"])
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--before-s", type=float, default=45.0)
-    parser.add_argument("--away-s", type=float, default=120.0)
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends too
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        root = Path(folder)
-        write_town(root / "town", config=TownConfig(num_pairs=240, seed=1), workers=2)
-        options = BuildOptions(cut=Cut(pairs_per_shard=60))
-        manifest = build_shards(root / "town", str(root / "shards"), options, runner=Here()).manifest
-        root.chmod(0o711)
-        (root / "mlflow").mkdir()
-        server = Server(root / "mlflow")
-        try:
-            found = server("start")
-            for name in arguments.searches:
+def measure(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the searches that were not run in this folder before, and return what became of all."""
+    root.chmod(0o711)
+    (root / "mlflow").mkdir(exist_ok=True)
+    manifest = _manifest(root)
+    server = MlflowStack(root / "mlflow", prefix=("nice", "-n", "19"))
+    rows = {}
+    try:
+        found = server("start")
+        for name in arguments.searches:
+            marks = root / f"{name}.marks.json"
+            if not marks.exists():
                 search = start_search(
                     root / name,
                     manifest=manifest,
@@ -312,13 +288,40 @@ def main() -> int:
                         away_s=arguments.away_s,
                         is_disturbed=name == "disturbed",
                     )
-                    rows[name] = report(search, name, _keys(found))
                 finally:
-                    if search.process.poll() is None:
-                        search.process.kill()
-                    print(f"last lines of {name}:", *search.folder.with_suffix(".log").read_text().splitlines()[-5:])
-        finally:
-            server("stop")
+                    search.end()
+                marks.write_text(json.dumps({"marks": search.marks, "result": search.result}))
+            told = json.loads(marks.read_text())
+            rows[name] = report(root / name, told["marks"], told["result"], _keys(found))
+    finally:
+        server("stop")
+    return rows
+
+
+def _manifest(root: Path) -> str:
+    """Return the manifest of a small town in shards, made where it is missing."""
+    if not (root / "town").exists():
+        write_town(root / "town", config=TownConfig(num_pairs=240, seed=1), workers=2)
+    return build_shards(
+        root / "town", str(root / "shards"), BuildOptions(cut=Cut(pairs_per_shard=60)), runner=Here()
+    ).manifest
+
+
+def main() -> int:
+    """Run the searches, look, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--searches", nargs="+", choices=["disturbed", "control"], default=["disturbed", "control"])
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--before-s", type=float, default=40.0)
+    parser.add_argument("--away-s", type=float, default=120.0)
+    parser.add_argument("--out", type=Path, help="folder that stays; a search that was run there is only looked at")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends too
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        root = arguments.out or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        rows = measure(root.absolute(), arguments)
     is_right = all(row["num_faults"] == 0 and row["num_trials"] == arguments.trials for row in rows.values())
     print(json.dumps({"benchmark": "chaos_tracking", "is_met": is_right, **rows}))
     return 0 if is_right else 1

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,51 +17,30 @@ from pipeline.tracking.external import record_checkpoints
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.runs import Run, open_run
 from pipeline.tracking.server import is_refusal, prepare
+from tests.mlflow_stack import MlflowStack
 
 pytestmark = pytest.mark.objectstore
 
-SCRIPT = Path(__file__).parents[2] / "infra/mlflow/server.sh"
-
-
-class Server:
-    """The script with a folder of its own, which the user that runs PostgreSQL may enter."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder = folder
-        self._environment = {**os.environ, "PYTHON": sys.executable, **environment}
-
-    def __call__(self, command: str) -> dict[str, str]:
-        command_line = [SCRIPT, command, self.folder]
-        done = subprocess.run(
-            command_line, env=self._environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True
-        )
-        return dict(re.findall(r"export (\w+)=(\S*)", done.stdout))
-
-    def end_postgresql(self) -> None:
-        """End the database under the server's feet; `start` starts it again."""
-        pid = int((self.folder / "postgres/data/postmaster.pid").read_text().split()[0])
-        os.kill(pid, signal.SIGINT)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.05)
-
 
 @pytest.fixture(scope="module")
-def server(radosgw: dict[str, str]) -> Iterator[Server]:
+def server(radosgw: dict[str, str]) -> Iterator[MlflowStack]:
     """The server, its artifacts in the session's object store."""
-    environment = {**os.environ, "PYTHON": sys.executable, **radosgw}
-    missing = subprocess.run([SCRIPT, "check"], env=environment, capture_output=True, text=True, check=False)
-    if missing.returncode:
-        pytest.skip(missing.stderr.strip())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="cvft-mlflow-") as folder:
-        Path(folder).chmod(0o711)
-        server = Server(Path(folder), {**radosgw, "PORT": str(port)})
+        server = MlflowStack(Path(folder), environment=radosgw)
+        if reason := server.reason_to_skip():
+            pytest.skip(reason)
         try:
             yield server
         finally:
             server("stop")
+
+
+def end_postgresql(server: MlflowStack) -> None:
+    """End the database under the server's feet; `start` starts it again."""
+    pid = int((server.folder / "postgres/data/postmaster.pid").read_text().split()[0])
+    os.kill(pid, signal.SIGINT)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
 
 
 def history(run: Run, name: str) -> list[tuple[int, float]]:
@@ -100,7 +75,7 @@ def test_what_the_server_took_is_there_after_it_was_killed_and_started_again(ser
     assert "is away" in caplog.text
 
     assert server("start") == found
-    server.end_postgresql()
+    end_postgresql(server)
     for call in (lambda: run.client.get_run(run.run_id), lambda: run.log_metrics({"train/loss": 1.0}, step=20)):
         with pytest.raises(MlflowException) as away:
             call()
