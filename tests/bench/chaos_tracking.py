@@ -133,12 +133,13 @@ def _spools(trial: Path) -> list[Path]:
     return [path for path in trial.rglob("outbox/*.jsonl") if not path.name.endswith(".refused.jsonl")]
 
 
-def start_search(folder: Path, *, manifest: str, uri: str, num_trials: int, num_epochs: int) -> Search:
+def start_search(folder: Path, arguments: argparse.Namespace, *, manifest: str, uri: str) -> Search:
     """Start `tune` in a process of its own."""
+    num_trials, settings = arguments.trials, {**SETTINGS, "train.num_epochs": arguments.epochs}
     spec = {
         "name": folder.name,
         "base": "town",
-        "set": [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, "train.num_epochs": num_epochs}.items()],
+        "set": [f"{key}={json.dumps(value)}" for key, value in settings.items()],
         "space": {
             "train.loss.gamma": {"type": "float", "low": 3, "high": 30, "log": True},
             "train.optimizer.learning_rate": {"type": "float", "low": 3e-4, "high": 3e-3, "log": True},
@@ -149,10 +150,10 @@ def start_search(folder: Path, *, manifest: str, uri: str, num_trials: int, num_
     }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(spec))
-    arguments = ["--spec", file, "--manifest", manifest, "--out", folder, f"tracking.uri={uri}"]
+    command_line = ["--spec", file, "--manifest", manifest, "--out", folder, f"tracking.uri={uri}"]
     with folder.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", TUNE.format(num_trials=num_trials), *map(str, arguments)],
+            [sys.executable, "-c", TUNE.format(num_trials=num_trials), *map(str, command_line)],
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             stdout=subprocess.PIPE,
             stderr=log,
@@ -161,14 +162,14 @@ def start_search(folder: Path, *, manifest: str, uri: str, num_trials: int, num_
     return Search(folder=folder, num_trials=num_trials, process=process)
 
 
-def run_search(search: Search, server: MlflowStack, *, before_s: float, away_s: float, is_disturbed: bool) -> None:
+def run_search(search: Search, server: MlflowStack, arguments: argparse.Namespace, *, is_disturbed: bool) -> None:
     """Let a search go by; end and start the server on the way, or only note when that would be."""
     search.wait_until_all_train()
-    time.sleep(before_s)
+    time.sleep(arguments.before_s)
     search.marks["away"] = time.time()
     if is_disturbed:
         server("kill")
-    time.sleep(max(0.0, search.marks["away"] + away_s - time.time()))
+    time.sleep(max(0.0, search.marks["away"] + arguments.away_s - time.time()))
     if is_disturbed:
         server("start")
     search.marks["back"] = time.time()
@@ -294,21 +295,9 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for name in arguments.searches:
             marks = root / f"{name}.marks.json"
             if not marks.exists():
-                search = start_search(
-                    root / name,
-                    manifest=manifest,
-                    uri=found["MLFLOW_TRACKING_URI"],
-                    num_trials=arguments.trials,
-                    num_epochs=arguments.epochs,
-                )
+                search = start_search(root / name, arguments, manifest=manifest, uri=found["MLFLOW_TRACKING_URI"])
                 try:
-                    run_search(
-                        search,
-                        server,
-                        before_s=arguments.before_s,
-                        away_s=arguments.away_s,
-                        is_disturbed=name == "disturbed",
-                    )
+                    run_search(search, server, arguments, is_disturbed=name == "disturbed")
                 finally:
                     search.end()
                 marks.write_text(json.dumps({"marks": search.marks, "result": search.result}))
