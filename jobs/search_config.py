@@ -194,6 +194,8 @@ class SearchConfig:
         require(
             self.trial.workers == 1, "trial.workers: pbt hands weights from trial to trial, which train in one actor"
         )
+        most = self.trial.max_concurrent
+        require(most is None, f"trial.max_concurrent: {most}: pbt takes turns with all of its population by itself")
         trials = self.budget.trials
         require(trials is not None and trials >= 2, f"budget.trials: {trials}: pbt needs a population of 2 or more")
         for key in self.space:

@@ -56,7 +56,7 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
         """Put on record how it ended; one that the budget cut goes on when the search does."""
         self._leave(trial)
         record = self._search.journal.records[_number(trial)]
-        failure = read_failure(self._search.journal.folder(record.number))
+        failure = self._search.journal.patiently(lambda: read_failure(self._search.journal.folder(record.number)))
         if failure is not None:
             self._end(replace(record, status="failed", reason=failure))
         elif self._search.is_finished(record):
@@ -135,7 +135,7 @@ def close_runs(search: Search) -> None:
 
 def close_run(search: Search, record: TrialRecord) -> None:
     """Tell MLflow how a trial ended, after all that its process left to be told."""
-    run = read_run(search.journal.folder(record.number))
+    run = search.journal.patiently(lambda: read_run(search.journal.folder(record.number)))
     if run is None:
         return  # it failed before it had a run
     tags = {"search.trial": record.name, "search.status": record.status, "search.reason": record.reason}

@@ -14,12 +14,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.patience import patiently
 from pipeline.search import SearchTrial, Status, Value
 from pipeline.storage import Store
 
+T = TypeVar("T")
 TRIALS = "trials"
 _FILE = "trial.json"
 _PATH = re.compile(rf"trial-(\d+)/{re.escape(_FILE)}")
@@ -150,8 +151,12 @@ class Journal:
             self.guard()
             self.store.write_bytes(path, data)
 
-        patiently(write, patience_s=self.patience_s)
+        self.patiently(write)
         self.records[record.number] = record
+
+    def patiently(self, function: Callable[[], T]) -> T:
+        """Call a function until the store answers, as `pipeline.patience` does."""
+        return patiently(function, patience_s=self.patience_s)
 
     def folder(self, number: int) -> str:
         """Return the URI of a trial's folder."""

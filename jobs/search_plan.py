@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,6 @@ from jobs.search_draw import Searcher
 from jobs.search_journal import Generation, Journal, TrialRecord
 from jobs.search_space import Space
 from jobs.trial import trial_config
-from pipeline.patience import patiently
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -61,7 +61,11 @@ class Search:
     def num_left(self) -> int | None:
         """Return how many trials may still begin; none is any number."""
         most = self.proposer.num_trials
-        return None if most is None else max(0, most - len(self.journal.records))
+        return None if most is None else sum(number not in self.journal.records for number in range(most))
+
+    def next_number(self) -> int:
+        """Return the number of the next trial to begin."""
+        return next(number for number in itertools.count() if number not in self.journal.records)
 
     @property
     def has_work(self) -> bool:
@@ -86,7 +90,7 @@ class Search:
         """
         content = {**self.about, "seconds": self.clock.seconds}
         data = json.dumps(content, indent=2).encode()
-        patiently(lambda: self.out.write_bytes(SEARCH_FILE, data), patience_s=self.journal.patience_s)
+        self.journal.patiently(lambda: self.out.write_bytes(SEARCH_FILE, data))
 
     def config(self, record: TrialRecord) -> ExperimentConfig:
         """Return what a trial trains now."""

@@ -69,13 +69,16 @@ def _fit(search: Search, events: Events, local: str) -> None:
     def train_trial(config: dict[str, Any]) -> None:
         run_trial(settings, config["trial"])
 
+    most = _most_at_a_time(search)
     search_alg = None
     space: dict[str, Any] = {}
     if search.is_population:  # all of it from the beginning
-        numbers = [*search.unfinished(), *range(len(search.journal.records), search.proposer.num_trials or 0)]
-        space = {"trial": tune.grid_search([search.begin(number) for number in numbers])}
+        members = [search.begin(number) for number in search.unfinished()]
+        while search.num_left():
+            members.append(search.begin(search.next_number()))
+        space = {"trial": tune.grid_search(members)}
     else:
-        search_alg = _Proposals(search, max_concurrent=_most_at_a_time(search))
+        search_alg = _Proposals(search, max_concurrent=most)
     filesystem, path = _tune_storage(search, local)
     tuner = tune.Tuner(
         tune.with_resources(train_trial, _resources(search)),
@@ -158,7 +161,7 @@ class _Proposals(Unpickled, Searcher):  # type: ignore[misc]  # Ray has no types
             return None
         if not self._waiting and self._search.num_left() == 0:
             return Searcher.FINISHED
-        number = self._waiting.pop(0) if self._waiting else len(self._search.journal.records)
+        number = self._waiting.pop(0) if self._waiting else self._search.next_number()
         self._live.add(trial_id)
         return {"trial": self._search.begin(number)}
 

@@ -131,6 +131,9 @@ def test_a_mistake_in_the_space_is_named_by_its_key(key, parameter, message):
             {"scheduler": {"kind": "pbt"}, "space": RATE, "searcher": {"kind": "grid"}},
             "a population .* starts at random",
         ),
+        ({"scheduler": {"kind": "pbt"}, "space": RATE, "trial": {"max_concurrent": 2}}, "trial.max_concurrent: 2: pbt"),
+        ({"trial": {"workers": 2, "cpus": 2}}, "trial.cpus: 2: each of several workers has one CPU"),
+        ({"trial": {"workers": 2, "gpus": 0.5}}, "trial.gpus: 0.5: each of several workers has a whole GPU or none"),
         ({"searcher": {"kind": "grid"}}, "space.train.loss.gamma.num: a grid needs the number of values of this range"),
     ],
 )
