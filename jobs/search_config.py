@@ -60,6 +60,9 @@ class SchedulerConfig:
         perturb_every: See `pbt`.
         quantile: Share of the population that `pbt` replaces, and takes the best from.
         resample: Probability that `pbt` draws a value anew instead of changing it a little.
+        is_synchronous: All of the population wait for each other before `pbt` compares them. Without it each is
+            compared with the others as they stand, and nobody waits; where trainings are short, or take turns, those
+            that began first may have ended before others begin.
     """
 
     kind: Literal["none", "asha", "median", "pbt"] = "none"
@@ -69,6 +72,7 @@ class SchedulerConfig:
     perturb_every: int = 2
     quantile: float = 0.25
     resample: float = 0.25
+    is_synchronous: bool = False
 
     def __post_init__(self) -> None:
         for name in ("grace_epochs", "min_samples", "perturb_every"):

@@ -85,13 +85,16 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no 
             resample_probability=config.resample,
             custom_explore_fn=dict,  # Tune asks for one; `_get_new_config` explores
             log_config=False,
+            synch=config.is_synchronous,
         )
         self._search = search
+        records = search.journal.records
+        behind = min((self._last_perturbed(records[number].epoch) for number in search.unfinished()), default=0)
+        self._next_perturbation_sync = behind + config.perturb_every
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
-        epoch = self._record(trial).epoch
-        self._trial_state[trial].last_perturbation_time = epoch - epoch % self._search.spec.scheduler.perturb_every
+        self._trial_state[trial].last_perturbation_time = self._last_perturbed(self._record(trial).epoch)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         if result[_TIME] >= self._search.base.train.num_epochs:
@@ -115,6 +118,9 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no 
         self._search.journal.put(replace(record, generations=(*record.generations, taken)))
         LOGGER.info("%s takes over %s as it was after epoch %d", record.name, donor.name, taken.epoch)
         return {"trial": told(record.number, generation, taken)}, {}
+
+    def _last_perturbed(self, epoch: int) -> int:
+        return epoch - epoch % self._search.spec.scheduler.perturb_every
 
     def _record(self, trial: Any) -> TrialRecord:
         return self._search.journal.records[trial.config["trial"]["number"]]

@@ -128,7 +128,8 @@ def test_a_killed_search_goes_on_repeats_nothing_and_is_in_mlflow_once(search, m
 
 
 def test_a_population_goes_on_from_the_donors_weights(search, manifest_uri, tmp_path):
-    spec = spec_of(RATE, budget={"trials": 2}, scheduler={"kind": "pbt", "perturb_every": 2, "quantile": 0.5})
+    population = {"kind": "pbt", "perturb_every": 2, "quantile": 0.5, "is_synchronous": True}
+    spec = spec_of(RATE, budget={"trials": 2}, scheduler=population)
     result = search(spec, "train.num_epochs=4", "train.keep_last=100")
     out = tmp_path / "search"
     journal = journal_of(out)
@@ -172,39 +173,36 @@ def test_trials_of_two_workers_take_turns_where_there_is_room_for_one(search, tm
     assert [len(item["evaluations"]) for item in journal_of(tmp_path / "search").values()] == [1, 1]
 
 
-def test_a_trial_whose_process_is_lost_is_tried_again_and_goes_on(search, tmp_path, caplog):
-    checkpoints = tmp_path / "search" / "trials" / "trial-0000" / "checkpoints"
-    killed = []
-
-    def kill_once():
-        while not list(checkpoints.glob("step-*")):
-            time.sleep(0.02)
-        killed.extend(pid for pid, line in descendants(os.getpid()).items() if "ray::ImplicitFunc" in line)
-        os.kill(killed[0], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_once)
-    thread.start()
-    with caplog.at_level("WARNING", logger="cvft"):
-        result = search(spec_of(RATE, budget={"trials": 1}), "train.num_epochs=10", "train.keep_last=100")
-    thread.join()
-    assert result["trials"] == {"finished": 1}
-    (journal,) = journal_of(tmp_path / "search").values()
-    assert [numbers["epoch"] for numbers in journal["evaluations"]] == [*range(1, 11)]
-    assert "trial-0000 is tried again" in caplog.text
-    steps = [read_info(path).step for path in sorted(checkpoints.iterdir())]
-    assert steps == [3 * epoch for epoch in range(1, 11)]
-
-
 def test_a_trial_that_no_machine_can_hold_is_refused(search):
     with pytest.raises(ClusterError, match=r"trial: a trial wants 3 x 1 CPUs, this machine has 2 CPUs and 0 GPUs"):
         search(spec_of(RATE, budget={"trials": 2}, trial={"workers": 3}))
 
 
-def test_a_budget_of_time_cuts_trials_that_a_longer_one_goes_on_with(search, tmp_path, caplog):
-    spec = spec_of(RATE, budget={"trials": 1, "hours": 1e-6})
+def test_a_trial_goes_on_after_the_budget_cut_it_and_after_its_process_is_lost(search, tmp_path, caplog):
+    def spec(hours):
+        return spec_of(RATE, budget={"trials": 1, "hours": hours})
+
+    overrides = ["train.num_epochs=10", "train.keep_last=100"]
     with caplog.at_level("WARNING", logger="cvft"):
-        cut = search(spec, "train.num_epochs=2")
+        cut = search(spec(1e-6), *overrides)
     assert (cut["trials"], cut["best"], cut["used_up"]) == ({"running": 1}, None, "budget.hours=1e-06")
     assert "budget.hours=1e-06 is used up: cut trial-0000 at epoch 0" in caplog.text
-    longer = spec_of(RATE, budget={"trials": 1, "hours": 1})
-    assert search(longer, "train.num_epochs=2")["trials"] == {"finished": 1}
+
+    checkpoints = tmp_path / "search" / "trials" / "trial-0000" / "checkpoints"
+
+    def kill_once():
+        while not list(checkpoints.glob("step-*")):
+            time.sleep(0.02)
+        (victim,) = (pid for pid, line in descendants(os.getpid()).items() if "ray::ImplicitFunc" in line)
+        os.kill(victim, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_once)
+    thread.start()
+    with caplog.at_level("WARNING", logger="cvft"):
+        result = search(spec(1), *overrides)
+    thread.join()
+    assert result["trials"] == {"finished": 1}
+    assert "trial-0000 is tried again" in caplog.text
+    (journal,) = journal_of(tmp_path / "search").values()
+    assert [numbers["epoch"] for numbers in journal["evaluations"]] == [*range(1, 11)]
+    assert [read_info(path).step for path in sorted(checkpoints.iterdir())] == [3 * epoch for epoch in range(1, 11)]
