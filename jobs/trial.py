@@ -93,6 +93,8 @@ def run_trial(settings: TrialSettings, trial: Mapping[str, Any]) -> None:
     log_to_stderr()
     for name in ("cvft", "pipeline", "ray"):  # the driver tells of trials; the lines of many would be a jumble
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A trial that Tune ends is cut off while it tells MLflow; the driver tells the rest, and what is then left.
+    logging.getLogger("pipeline.tracking.outbox").setLevel(logging.ERROR)
     place = {"number": trial["number"], "generation": trial["generation"], "values": trial["values"]}
     store = Store.from_uri(Store.from_uri(settings.out).uri(f"{TRIALS}/{trial_name(trial['number'])}"))
     store.delete(FAILURE_FILE)
@@ -149,15 +151,21 @@ class _Trial:
             torch.set_num_threads(self._settings.threads)
         store = Store.from_uri(self._config.folder)
         guard = attempts.claim(store, attempts.begin_attempt(store)).check
+        last: list[Metrics] = []  # Tune ends a trial when it hears of its last epoch: MLflow hears of it first
         with tracked.Recorder(self._config, run, device) as record:
 
             def on_epoch(metrics: Metrics) -> None:
                 record.on_epoch(metrics)
-                self._report(metrics)
+                if metrics["epoch"] < self._config.train.num_epochs:
+                    self._report(metrics)
+                else:
+                    last.append(metrics)
 
             hooks = {**record.hooks, "on_epoch": on_epoch}
 
             worker.train(self._config, device=device, guard=guard, is_durable=True, **hooks)
+        for metrics in last:
+            self._report(metrics)
 
     def _open_run(self, manifest: Manifest) -> Run:
         """Open the trial's run in MLflow; all generations are one run."""
