@@ -190,11 +190,27 @@ def _changed(spec: SearchConfig, arguments: argparse.Namespace) -> SearchConfig:
     return parse(SearchConfig, plain)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _checked(arguments: argparse.Namespace) -> tuple[SearchConfig, ExperimentConfig]:
+    """Return specification and base, before the first pair is rendered."""
     spec = _changed(load_search(arguments.spec), arguments)
-    out = arguments.out if "://" in arguments.out else str(Path(arguments.out).absolute())
-    # Everything is resolved before the first pair is rendered.
-    space_of(spec, base_of(spec, manifest="unknown", out=out, overrides=arguments.overrides))
+    manifest = arguments.manifest or "unknown"
+    base = base_of(spec, manifest=manifest, out=_place(arguments.out), overrides=arguments.overrides)
+    space_of(spec, base)
+    return spec, base
+
+
+def _place(out: str) -> str:
+    return out if "://" in out else str(Path(out).absolute())
+
+
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    spec, base = _checked(arguments)
+    return {"search": to_plain(spec), "base": to_plain(base)}
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    spec, _ = _checked(arguments)
+    out = _place(arguments.out)
     if arguments.manifest is None and "://" in out:
         raise ConfigError(f"--out {out}: a town is made in a local folder; give --manifest, or a local --out")
     runner = OnRay(session=partial(ray_session, has_dashboard=False))
@@ -208,6 +224,7 @@ JOB = entry.Job(
     example="cvft tune --spec town --pairs 800 --out search",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":
