@@ -110,14 +110,18 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return dict(_document(directory)["files"])
 
 
-def verify_checkpoint(directory: Path) -> None:
+def verify_checkpoint(directory: Path, *, is_model_alone: bool = False) -> None:
     """Hold every file of a checkpoint against its hash, without loading any.
+
+    Args:
+        directory: The checkpoint.
+        is_model_alone: Look at the network's tensors only: a registered model has no others.
 
     Raises:
         CheckpointError: A file is missing, truncated or changed; it is named.
     """
     hashes = file_hashes(directory)
-    for name in hashes:
+    for name in (MODEL_FILE,) if is_model_alone else hashes:
         _read_file(directory, name, hashes)
 
 

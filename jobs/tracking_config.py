@@ -17,7 +17,7 @@ class TrackingConfig:
         log_every_steps: Number of steps whose means go to MLflow together.
         pictures: Whether a training draws its report at its end, into `report/` of its folder and into MLflow.
         registered_model: Name under which `train` registers its best checkpoint; none registers nothing.
-        alias: Alias that is moved to it.
+        alias: Alias that is moved to it; which version is `champion` is decided by `promote` alone.
     """
 
     uri: str = "sqlite:///mlflow.db"
@@ -25,7 +25,9 @@ class TrackingConfig:
     log_every_steps: int = 10
     pictures: bool = True
     registered_model: str | None = None
-    alias: str = "champion"
+    alias: str = "candidate"
 
     def __post_init__(self) -> None:
         require(self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} must be at least 1")
+        is_free = self.alias != "champion"
+        require(is_free, "alias: champion is moved by `cvft promote` alone, which compares first; choose another alias")

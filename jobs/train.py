@@ -21,6 +21,7 @@ from jobs import attempts, entry, pictures, run_file, tracked, worker
 from jobs.config import ExperimentConfig, load, preset_names
 from jobs.progress import History, read_history
 from jobs.ray_train import train_on_ray
+from jobs.registering import register_checkpoint
 from jobs.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
@@ -28,9 +29,7 @@ from pipeline.decoding import check_profile
 from pipeline.evaluation import require_positions
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
-from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import Run, opened
-from pipeline.tracking.server import store_errors
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     return {"run_id": tracked.finish_run(config, run, "FINISHED", evaluations=read_history(info)), **result}
 
 
-def register(config: ExperimentConfig, run: Run, result: dict[str, Any], description: str = "") -> dict[str, Any]:
+def register(config: ExperimentConfig, run: Run, result: dict[str, Any], *, data_licence: str = "") -> dict[str, Any]:
     """Register the best checkpoint of a training, unless it is registered, and move the alias to it.
 
     Returns:
@@ -94,25 +93,8 @@ def register(config: ExperimentConfig, run: Run, result: dict[str, Any], descrip
         raise ConfigError("tracking.registered_model: set a name to register a model under")
     run = opened(run)
     checkpoint = fetch(result["checkpoint"], cache=default_cache().parent)
-    with store_errors(run.uri):
-        version = register_model(
-            run,
-            checkpoint,
-            name=name,
-            alias=alias,
-            metrics={key: value for key, value in result.items() if key.startswith(("recall_at_", "chance"))},
-            description=description or _description(config, result),
-        )
+    version = register_checkpoint(run, checkpoint, name=name, alias=alias, data_licence=data_licence)
     return {"model": f"models:/{name}@{alias}", "version": version}
-
-
-def _description(config: ExperimentConfig, result: dict[str, Any]) -> str:
-    return (
-        f"{config.name}: {config.model.head.kind} head, epoch {result['epoch']} of {config.train.num_epochs}, trained "
-        f"on split {config.data.train_split} of manifest {result['digest'][:16]}. On {result['num_queries']:,} queries "
-        f"of split {config.data.eval_split}: R@1 {result['recall_at_1']:.1%}, R@5 {result['recall_at_5']:.1%}, "
-        f"R@10 {result['recall_at_10']:.1%}; a guess finds {result['chance']:.2%}."
-    )
 
 
 def _check(config: ExperimentConfig, manifest: Manifest) -> None:

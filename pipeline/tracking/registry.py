@@ -1,4 +1,7 @@
-"""The model registry: a checkpoint becomes a version that loads anywhere, and an alias says which version is in use."""
+"""A checkpoint becomes a version of a registered model: code, tensors and a card, that load anywhere without a pickle.
+
+Which version is in use, an alias says; `pipeline.tracking.aliases` moves it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
@@ -29,6 +33,8 @@ with warnings.catch_warnings():
     import mlflow.pyfunc
 
 CHECKPOINT_TAG = "checkpoint_sha256"
+MODEL_ID_TAG = "logged_model_id"  # MLflow's own field is not kept in a database of ours
+CARD_FILE = "MODEL_CARD.md"
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("torch", "numpy", "safetensors", "mlflow")
 
@@ -38,24 +44,25 @@ def register_model(
     checkpoint: Path,
     *,
     name: str = "cvft",
-    alias: str = "champion",
+    alias: str | None = "candidate",
     metrics: Mapping[str, float] | None = None,
     description: str = "",
     tags: Mapping[str, str] | None = None,
+    card: str = "",
 ) -> int:
     """Register a checkpoint as a pyfunc model and point an alias at it.
 
-    The version's tag `previous_<alias>` keeps the version that the alias pointed at before. A checkpoint that is
-    registered already is not registered twice: its version gets the alias.
+    A checkpoint that is registered already is not registered twice: its version gets the alias.
 
     Args:
         run: The run that trained it.
         checkpoint: Directory of the checkpoint; its optimizer state stays behind.
         name: Registered model.
-        alias: Moved to this version: `mlflow.pyfunc.load_model("models:/<name>@<alias>")`.
+        alias: Moved to this version: `mlflow.pyfunc.load_model("models:/<name>@<alias>")`; none moves nothing.
         metrics: Recalls and the like, shown beside the model.
         description: For people.
         tags: Further tags of the version.
+        card: The model card, Markdown.
 
     Returns:
         The version.
@@ -65,14 +72,25 @@ def register_model(
     """
     info = read_info(checkpoint)
     client = run.client
-    digest = hashlib.sha256((checkpoint / INFO_FILE).read_bytes()).hexdigest()  # it holds the tensors' own hashes
+    digest = checkpoint_sha256(checkpoint)
     version = find_version(client, name, digest)
     if version is None:
-        logged = _log_model(run, checkpoint, info=info, name=name, metrics=metrics or {})
-        own_tags = {CHECKPOINT_TAG: digest, "manifest_digest": info.manifest_digest or "", "step": str(info.step)}
+        logged = _log_model(run, checkpoint, info=info, name=name, metrics=metrics or {}, card=card)
+        own_tags = {
+            CHECKPOINT_TAG: digest,
+            MODEL_ID_TAG: logged.model_id,
+            "manifest_digest": info.manifest_digest or "",
+            "step": str(info.step),
+        }
         version = _create_version(run, logged, name=name, description=description, tags={**own_tags, **(tags or {})})
-    _move_alias(client, name, alias=alias, version=version)
+    if alias is not None:
+        client.set_registered_model_alias(name, alias, str(version))
     return version
+
+
+def checkpoint_sha256(checkpoint: Path) -> str:
+    """Return what identifies a checkpoint: the hash of its JSON, which holds the tensors' own hashes."""
+    return hashlib.sha256((checkpoint / INFO_FILE).read_bytes()).hexdigest()
 
 
 def find_version(client: MlflowClient, name: str, checkpoint_sha256: str) -> int | None:
@@ -96,7 +114,7 @@ def model_signature(info: CheckpointInfo, descriptor_dim: int) -> ModelSignature
 
 
 def _log_model(
-    run: Run, checkpoint: Path, *, info: CheckpointInfo, name: str, metrics: Mapping[str, float]
+    run: Run, checkpoint: Path, *, info: CheckpointInfo, name: str, metrics: Mapping[str, float], card: str
 ) -> LoggedModel:
     """Store the model under the run: serving.py, the `cvft` package, the checkpoint without its optimizer state."""
     client = run.client
@@ -111,6 +129,7 @@ def _log_model(
                 run_id=run.run_id,
             )
             _save(model, checkpoint, info=info, folder=Path(folder))
+            (Path(folder) / "model" / CARD_FILE).write_text(card, encoding="utf-8")
             client.log_model_artifacts(logged.model_id, f"{folder}/model")
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
@@ -149,8 +168,11 @@ def _save(model: Model, checkpoint: Path, *, info: CheckpointInfo, folder: Path)
 
 def _create_version(run: Run, logged: LoggedModel, *, name: str, description: str, tags: Mapping[str, str]) -> int:
     client = run.client
-    if not client.search_registered_models(f"name = '{name}'", max_results=1):
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     version = client.create_model_version(
         name,
         source=logged.artifact_location,  # `models:/<id>` would be looked up at MLflow's global place, not at ours
@@ -164,10 +186,3 @@ def _create_version(run: Run, logged: LoggedModel, *, name: str, description: st
         logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([{"name": name, "version": version.version}])}
     )
     return int(version.version)
-
-
-def _move_alias(client: MlflowClient, name: str, *, alias: str, version: int) -> None:
-    previous = client.get_registered_model(name).aliases.get(alias)
-    if previous is not None and int(previous) != version:
-        client.set_model_version_tag(name, str(version), f"previous_{alias}", str(previous))
-    client.set_registered_model_alias(name, alias, str(version))

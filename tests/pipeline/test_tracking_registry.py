@@ -62,7 +62,12 @@ def town(tmp_path_factory, mlflow_schema):
     run = open_run(tracking, name="first", identity="first", config={})
     model = checkpoint(folder / "checkpoint", seed=0)
     version = register_model(
-        run, folder / "checkpoint", metrics={"recall_at_1": 0.5}, description="Small.", tags={"commit": "abc"}
+        run,
+        folder / "checkpoint",
+        metrics={"recall_at_1": 0.5},
+        description="Small.",
+        tags={"commit": "abc"},
+        card="# A card",
     )
     assert version == 1
     return folder, run, model
@@ -75,8 +80,8 @@ def mlflow_at(town, monkeypatch):
 
 
 @pytest.mark.usefixtures("mlflow_at")
-def test_champion_predicts_the_models_own_descriptors(town):
-    loaded = mlflow.pyfunc.load_model("models:/cvft@champion")
+def test_a_registered_model_predicts_the_models_own_descriptors(town):
+    loaded = mlflow.pyfunc.load_model("models:/cvft@candidate")
     pixels = images(3, 3)
     expected = embed(town[2], pixels)
     predicted = loaded.predict(pixels)
@@ -87,7 +92,7 @@ def test_champion_predicts_the_models_own_descriptors(town):
 
 @pytest.mark.usefixtures("mlflow_at")
 def test_one_view_is_embedded_alone_by_giving_none_of_the_other(town):
-    loaded = mlflow.pyfunc.load_model("models:/cvft@champion")
+    loaded = mlflow.pyfunc.load_model("models:/cvft@candidate")
     pixels = images(2, 0)
     predicted = loaded.predict(pixels)
     assert predicted["aerial"].shape == (0, 256)
@@ -100,7 +105,7 @@ def test_one_view_is_embedded_alone_by_giving_none_of_the_other(town):
     [("ground", np.zeros((1, 16, 40, 3), np.uint8)), ("aerial", np.zeros((1, 32, 32, 3), np.float32))],
 )
 def test_images_of_another_size_or_type_are_refused(view, wrong):
-    loaded = mlflow.pyfunc.load_model("models:/cvft@champion")
+    loaded = mlflow.pyfunc.load_model("models:/cvft@candidate")
     with pytest.raises(mlflow.MlflowException, match=r"[Ss]hape|dtype"):
         loaded.predict({**images(1, 1), view: wrong})
 
@@ -119,11 +124,12 @@ def test_version_tells_where_it_comes_from_and_holds_no_pickle_and_no_optimizer(
     root = logged.artifact_location.removeprefix("file://")
     names = [os.path.join(base, name) for base, _, files in os.walk(root) for name in files]
     files = {name.removeprefix(f"{root}/") for name in names}
-    assert {"MLmodel", "serving.py", "code/cvft/model.py", "requirements.txt"} <= files
+    assert {"MLmodel", "serving.py", "code/cvft/model.py", "requirements.txt", "MODEL_CARD.md"} <= files
+    assert Path(root, "MODEL_CARD.md").read_text(encoding="utf-8") == "# A card"
     assert {name for name in files if "checkpoint/" in name} == {
         f"artifacts/checkpoint/{name}" for name in ("model.safetensors", "checkpoint.json")
     }
-    kinds = {"MLmodel", "registered_model_meta", "py", "safetensors", "json", "txt", "yaml"}
+    kinds = {"MLmodel", "registered_model_meta", "py", "safetensors", "json", "txt", "yaml", "md"}
     assert {name.rpartition(".")[2].rpartition("/")[2] for name in files} <= kinds
     pickle_magic = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
     assert not [name for name in names if Path(name).read_bytes().startswith(pickle_magic)]
@@ -159,10 +165,9 @@ def test_the_same_checkpoint_is_registered_once_and_another_one_takes_the_alias(
     assert len(run.client.search_model_versions("name = 'cvft'")) == 1
     checkpoint(folder / "other", seed=1)
     assert register_model(run, folder / "other") == 2
-    assert run.client.get_model_version_by_alias("cvft", "champion").version == 2
-    assert run.client.get_model_version("cvft", "2").tags["previous_champion"] == "1"
-    assert register_model(run, folder / "checkpoint") == 1  # and back
-    assert run.client.get_model_version_by_alias("cvft", "champion").version == 1
+    assert run.client.get_model_version_by_alias("cvft", "candidate").version == 2
+    assert register_model(run, folder / "checkpoint", alias="other") == 1
+    assert run.client.get_registered_model("cvft").aliases == {"candidate": 2, "other": 1}
 
 
 def test_a_damaged_checkpoint_is_refused_and_leaves_no_version(town):
