@@ -1,4 +1,4 @@
-"""Everything at once on a synthetic town: raw images -> shards -> training -> evaluation -> report -> registered model.
+"""Everything at once on a synthetic town: raw images -> shards -> training -> evaluation -> report -> champion.
 
     python -m jobs.demo --out demo
 
@@ -24,6 +24,8 @@ from cvft.errors import ConfigError
 from jobs import entry, evaluate
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, load
+from jobs.measuring import Protocol
+from jobs.promote import Rules, load_gate, promote
 from jobs.report import write_report
 from jobs.shard import ShardingProgress
 from jobs.train import register, train
@@ -33,8 +35,12 @@ from pipeline.plan import Cut
 from pipeline.ray_tasks import OnRay
 from pipeline.synthetic.write import TownConfig, write_town
 from pipeline.tracking.runs import Run
+from pipeline.tracking.versions import Registry
 
 Result = dict[str, Any]
+NAME = "cvft"
+GATE = "demo"
+LICENCE = "a synthetic town, rendered by this project; its images carry the code's licence, Apache-2.0"
 _OWN_PLACES = ("output=", "data.manifest=", "tracking.")
 
 
@@ -97,14 +103,18 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
         trained = stages.run("train", to_plain(config), lambda: on_ray(lambda: _train(config)))
     measured = stages.run("evaluate and report", trained, lambda: _evaluate_and_report(out, config, trained))
     registered = stages.run("register", trained, lambda: _register(config, trained))
+    inputs = {**registered, "gate": to_plain(load_gate(GATE))}
+    promoted = stages.run("promote", inputs, lambda: _promote(config, registered))
     if not stages.num_run:
         entry.LOGGER.info("everything is up to date; delete %s to begin anew", out)
-    _tell(measured, registered, config)
+    _tell(measured, promoted, config)
     return {
         **measured["metrics"],
         "report": measured["report"],
-        "model": registered["model"],
-        "version": registered["version"],
+        "model": promoted["model"],
+        "version": promoted["version"],
+        "candidate": registered["version"],
+        "verdict": promoted["verdict"],
         "run_id": trained["run_id"],
         "checkpoint": trained["checkpoint"],
         "manifest": sharded["manifest"],
@@ -116,7 +126,7 @@ def demo(out: Path, *, town: TownConfig, config: ExperimentConfig) -> Result:
 def _for_this_data(config: ExperimentConfig, sharded: Result, out: Path) -> ExperimentConfig:
     """Point the preset at the demo's shards; another configuration or dataset is another run."""
     database = f"sqlite:///{out / 'mlflow.db'}"
-    tracking = dataclasses.replace(config.tracking, uri=database, registered_model="cvft", pictures=False)
+    tracking = dataclasses.replace(config.tracking, uri=database, registered_model=NAME, pictures=False)
     data = dataclasses.replace(config.data, manifest=sharded["manifest"])
     config = dataclasses.replace(config, data=data, tracking=tracking, output=str(out / "runs"))
     plain = json.dumps([to_plain(config), sharded["digest"]], sort_keys=True)
@@ -154,7 +164,19 @@ def _evaluate_and_report(out: Path, config: ExperimentConfig, trained: Result) -
 
 
 def _register(config: ExperimentConfig, trained: Result) -> Result:
-    return {**register(config, _run_of(config, trained), trained), "files": _database(config)}
+    made = register(config, _run_of(config, trained), trained, data_licence=LICENCE)
+    return {**made, "files": _database(config)}
+
+
+def _promote(config: ExperimentConfig, registered: Result) -> Result:
+    """Hold the new version against the champion of this folder, if there is one; no champion at all is possible too."""
+    registry = Registry(config.tracking.uri, NAME)
+    protocol = Protocol(
+        manifest=config.data.manifest, split=config.data.eval_split, train_split=config.data.train_split
+    )
+    rules = Rules(protocol=protocol, gate=load_gate(GATE), gate_name=GATE)
+    result = promote(registry, registry.version(registered["version"]), rules)
+    return {**{key: result[key] for key in ("status", "verdict", "model", "version")}, "files": _database(config)}
 
 
 def _run_of(config: ExperimentConfig, trained: Result) -> Run:
@@ -173,14 +195,15 @@ def _facts(trained: Result) -> dict[str, object]:
     }
 
 
-def _tell(measured: Result, registered: Result, config: ExperimentConfig) -> None:
+def _tell(measured: Result, promoted: Result, config: ExperimentConfig) -> None:
     table = evaluate.recall_table(measured["metrics"], measured["one_percent_k"])
+    champion = f"{promoted['model']}, version {promoted['version']}" if promoted["model"] else "none yet"
     entry.LOGGER.info(
-        "\n\n%s\n\n  report            %s\n  registered model  %s, version %s\n  all runs          %s\n",
+        "\n\n%s\n\n  report            %s\n  verdict           %s\n  champion          %s\n  all runs          %s\n",
         table,
         measured["report"],
-        registered["model"],
-        registered["version"],
+        promoted["verdict"],
+        champion,
         f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {config.tracking.uri}",
     )
 
@@ -204,7 +227,7 @@ def _run(arguments: argparse.Namespace) -> Result:
 
 JOB = entry.Job(
     name="demo",
-    summary="Everything at once on a synthetic town, from raw images to a registered model and a report.",
+    summary="Everything at once on a synthetic town, from raw images to a champion and a report.",
     example="cvft demo --out demo",
     add_arguments=_add_arguments,
     run=_run,
