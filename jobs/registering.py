@@ -17,7 +17,7 @@ from pipeline.model_card import model_card
 from pipeline.model_facts import Measurement, Origin, describe
 from pipeline.storage import Store
 from pipeline.tracking.registry import checkpoint_sha256, register_model
-from pipeline.tracking.runs import Run, get_run, open_run
+from pipeline.tracking.runs import Run, get_run, open_run, opened
 from pipeline.tracking.server import Tracking, prepare, store_errors
 from pipeline.tracking.versions import Registry, Version, split_model_uri
 
@@ -151,7 +151,7 @@ def _run_of_checkpoint(registry: Registry, uri: str, checkpoint: Path) -> Run:
     """Return the run that trained a checkpoint, as its folder says; else one made for it."""
     content = _run_file(uri)
     if content.get("run", {}).get("uri") == registry.uri:
-        return Run(**content["run"])
+        return opened(Run(**content["run"]))
     tracking = prepare(registry.uri, experiment=_EXPERIMENT)
     identity = checkpoint_sha256(checkpoint)
     run = open_run(tracking, name="imported", identity=identity, config={}, tags={"checkpoint_uri": uri})

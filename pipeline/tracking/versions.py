@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import Run as StoredRun
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -198,14 +199,8 @@ class Registry:
             has_config = any(item.path == "config.json" for item in self._client.list_artifacts(run_id))
             file = self._client.download_artifacts(run_id, "config.json", folder) if has_config else None
             config = {} if file is None else json.loads(Path(file).read_bytes())
-        datasets = [item.dataset for item in run.inputs.dataset_inputs]
-        profile = json.loads(datasets[0].profile or "{}") if datasets else {}
-        return RunFacts(
-            config=config,
-            commit=run.data.tags.get(COMMIT_TAG),
-            layout=datasets[0].name if datasets else "",
-            num_pairs=profile.get("pairs", {}),
-        )
+        layout, num_pairs = _datasets(run)
+        return RunFacts(config=config, commit=run.data.tags.get(COMMIT_TAG), layout=layout, num_pairs=num_pairs)
 
     def fetch(self, version: Version, folder: Path) -> Path:
         """Copy a version's files into a folder and return where they are; its checkpoint is whole.
@@ -244,6 +239,17 @@ def checkpoint_of(model: Path) -> Path:
 def size_bytes(model: Path) -> int:
     """Return the size of the files of a version."""
     return sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+
+
+def _datasets(run: StoredRun) -> tuple[str, dict[str, int]]:
+    """Return the layout of the data that a run was given, and its pairs by split, as `Run.log_dataset` wrote them."""
+    layout, num_pairs = "", {}
+    for dataset in (item.dataset for item in run.inputs.dataset_inputs):
+        profile = json.loads(dataset.profile or "{}")
+        if "split" in profile:
+            layout = dataset.name.removesuffix(f" {profile['split']}")
+            num_pairs[profile["split"]] = int(profile["pairs"])
+    return layout, num_pairs
 
 
 def _version(found: ModelVersion, aliases: Mapping[int, list[str]]) -> Version:
