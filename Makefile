@@ -8,7 +8,7 @@ DEMO ?= demo
 CLUSTER ?= /tmp/cvft-cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton check bench bench-peers help clean-demo
+.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton check bench bench-peers help clean-demo test-serving
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -55,6 +55,8 @@ cluster: $(VENV)/.developer  ## one machine that behaves as many: Ray with an au
 cluster-stop:  ## end it, and forget what it holds
 	@infra/local/cluster.sh stop $(CLUSTER)
 	rm -rf $(CLUSTER)
+test-serving: $(VENV)/.developer .venv-serving/.installed  ## a registered model where only what it asks for is installed
+	@CVFT_SERVING_PYTHON=$(CURDIR)/.venv-serving/bin/python $(BIN)/python -m pytest tests/serving
 
 clean-demo:  ## forget the demo's data, runs and models
 	rm -rf $(DEMO)
@@ -104,6 +106,14 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 .venv-triton/.installed: constraints.txt | $(VENV)/.runtime
 	@echo "installing into .venv-triton (Triton is 0.7 GB)" >&2
 	@$(PIP) --no-deps --target .venv-triton triton
+	@touch $@
+
+# What a model made here asks for, and nothing else; every version in it is pinned.
+.venv-serving/.installed: constraints.txt pipeline/tracking/registry.py | $(VENV)/.runtime
+	@echo "installing into .venv-serving (1.5 GB)" >&2
+	@test -x .venv-serving/bin/python || $(PYTHON) -m venv .venv-serving
+	@$(BIN)/python -c 'from pipeline.tracking.registry import serving_requirements as r; print(*r(), sep="\n")' > .venv-serving/requirements.txt
+	@.venv-serving/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-serving/requirements.txt
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.runtime

@@ -113,6 +113,11 @@ def model_signature(info: CheckpointInfo, descriptor_dim: int) -> ModelSignature
     )
 
 
+def serving_requirements() -> list[str]:
+    """Return what a model asks for, as this environment has it: letting MLflow find out by a trial costs seconds."""
+    return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in PACKAGES]
+
+
 def _log_model(
     run: Run, checkpoint: Path, *, info: CheckpointInfo, name: str, metrics: Mapping[str, float], card: str
 ) -> LoggedModel:
@@ -150,8 +155,6 @@ def _save(model: Model, checkpoint: Path, *, info: CheckpointInfo, folder: Path)
     for file in (INFO_FILE, MODEL_FILE):
         shutil.copyfile(checkpoint / file, slim / file)
     network, _ = load_model(slim)  # also holds the tensors against their hash
-    # Requirements are named: finding them out by a trial load costs seven seconds.
-    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in PACKAGES}
     with warnings.catch_warnings():
         # An example as JSON would be some megabytes; the signature says what to give.
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
@@ -162,7 +165,7 @@ def _save(model: Model, checkpoint: Path, *, info: CheckpointInfo, folder: Path)
             artifacts={"checkpoint": str(slim)},
             signature=model_signature(info, network.descriptor_dim),
             code_paths=[str(Path(cvft.__file__).parent)],
-            pip_requirements=[f"{package}=={version}" for package, version in versions.items()],
+            pip_requirements=serving_requirements(),
         )
 
 

@@ -29,8 +29,10 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
-        """Build the network of the checkpoint."""
-        self.model, info = load_model(Path(context.artifacts["checkpoint"]))
+        """Build the network of the checkpoint, on a GPU where there is one."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, info = load_model(Path(context.artifacts["checkpoint"]))
+        self.model = model.to(self.device)
         self.preprocess = Preprocess(info.preprocess)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
@@ -57,7 +59,7 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         parts = [np.empty((0, self.model.descriptor_dim), dtype=np.float32)]
         for start in range(0, len(pixels), BATCH_SIZE):
             part = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BATCH_SIZE]))
-            parts.append(embed(self.preprocess(part)).numpy())
+            parts.append(embed(self.preprocess(part.to(self.device))).cpu().numpy())
         return np.concatenate(parts)
 
 
