@@ -8,7 +8,7 @@ DEMO ?= demo
 CLUSTER ?= /tmp/cvft-cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton check bench bench-peers help clean-demo test-serving
+.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton test-serving check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
