@@ -3,6 +3,7 @@ import random
 import shutil
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from cvft.checkpoint import read_state
 from cvft.engine import StepReport
 from cvft.errors import StoreError
-from jobs import train
+from jobs import tracked, train
 from jobs.resources import Machine, memory_metrics, memory_text
 from jobs.tracked import StepMetrics
 from pipeline.tracking.outbox import Outbox
@@ -136,6 +137,18 @@ def test_a_training_cut_between_checkpoints_and_continued_has_every_step_once(ti
     history = _history(_run(config, result), "train/loss")
     assert history == list(enumerate(_losses(result), 1))
     assert len(history) > 5
+
+
+def test_what_waits_in_a_folder_is_delivered_without_a_training(tiny, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = tiny()
+    run = create_run(prepare(config.tracking.uri, experiment="cvft"), name="left", identity=config.folder)
+    with tracked.outbox_of(config, replace(run, uri=NOBODY)) as outbox:
+        outbox.log_metrics({"loss": 1.0}, step=1)
+    assert _history(run, "loss") == []
+    assert tracked.deliver(config, replace(run, uri=NOBODY)) == 1
+    assert tracked.deliver(config, run) == 0
+    assert _history(run, "loss") == [(1, 1.0)]
 
 
 def test_a_folder_begun_anew_has_a_new_run(tiny, tmp_path):
