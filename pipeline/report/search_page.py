@@ -151,7 +151,7 @@ def _seed_rows(result: SearchResult) -> list[tuple[int, str, str, str]]:
             seed,
             format_metric(default.values[seed], result.metric),
             format_metric(tuned.values[seed], result.metric),
-            format_metric(tuned.values[seed] - default.values[seed], result.metric, sign="+"),
+            format_metric(tuned.values[seed] - default.values[seed], result.metric, sign="+").removesuffix(" %"),
         )
         for seed in sorted(default.values.keys() & tuned.values.keys())
     ]

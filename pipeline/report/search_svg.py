@@ -13,7 +13,7 @@ from pipeline.report.search_words import metric_label
 _LEFT_PX, _RIGHT_PX, _TOP_PX = 66.0, 96.0, 62.0
 _TALL_PX = 330.0
 _MIN_WIDTH_PX, _MAX_STEP_PX, _MIN_STEP_PX = 700.0, 230.0, 122.0
-_NUM_TICK_CHARACTERS = 16
+_CHARACTER_PX = 6.3  # of a mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,6 @@ class Mark:
 
     y: float
     text: str
-    full: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +70,9 @@ def drawing_of(lines: Lines) -> Drawing:
 
     axes = []
     for column, axis in enumerate(lines.axes):
-        marks = [Mark(y=y(tick.place), text=_short(tick.text), full=tick.text) for tick in axis.ticks]
+        marks = [Mark(y=y(tick.place), text=_short(tick.text, step - 24)) for tick in axis.ticks]
         if lines.has_unset[column]:
-            marks.append(Mark(y=y(UNSET), text="not set", full="the trial does not have it"))
+            marks.append(Mark(y=y(UNSET), text="not set"))
         default = lines.default[column] if column < len(lines.default) else None
         axes.append(
             DrawnAxis(
@@ -114,5 +113,6 @@ def _look(line: Line) -> str:
     return f"shade{line.shade}{' best' if line.is_best else ''}{ending}"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _NUM_TICK_CHARACTERS else f"{text[: _NUM_TICK_CHARACTERS - 1]}…"
+def _short(text: str, room_px: float) -> str:
+    length = int(room_px / _CHARACTER_PX)
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -39,17 +39,29 @@ def outcome_of(result: SearchResult) -> Outcome:
             advice="Look at the reasons in the table of trials.",
         )
     compared = comparison_of(result)
-    best = winner.best(result.metric)
+    return _open_outcome(result, winner) if compared is None else _compared_outcome(result, winner, *compared)
+
+
+def _open_outcome(result: SearchResult, winner: SearchTrial) -> Outcome:
+    metric, best = result.metric, winner.best(result.metric)
     assert best is not None  # it is the winner
-    if compared is None:
-        return Outcome(
-            kind="open",
-            sentence=f"{winner.name} reached the highest {metric_label(result.metric)} of the search, "
-            f"{format_metric(best, result.metric)}.",
-            advice="The highest of many numbers is partly luck: train it and the default with seeds of their own "
-            "before believing that it is better.",
-        )
-    return _compared_outcome(result, winner, *compared)
+    among = [trial for trial in result.trials if trial.evaluations]
+    if winner.status == "finished":
+        among = [trial for trial in among if trial.status == "finished"]
+    num_equal = sum(trial.best(metric) == best for trial in among) - 1
+    who = winner.name + (f" and {count(num_equal, 'other')}" if num_equal else "")
+    what = "trained to the end" if winner.status == "finished" else "evaluated"
+    sentence = (
+        f"{who} reached {metric_label(metric)} {format_metric(best, metric)}, the highest of "
+        f"{count(len(among), 'trial')} that {'was' if len(among) == 1 else 'were'} {what}."
+    )
+    advice = (
+        "The highest of many numbers is partly luck: train it and the default with seeds of their own before "
+        "believing that it is better."
+    )
+    if result.chance is not None and best <= result.chance:
+        advice = "That is no more than a guess finds: nothing was learned that could be compared."
+    return Outcome(kind="open", sentence=sentence, advice=advice)
 
 
 def _compared_outcome(

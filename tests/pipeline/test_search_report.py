@@ -227,7 +227,16 @@ def test_the_outcome_is_better_a_tie_or_worse_by_the_interval(gain, noise, kind,
 def test_without_seeds_of_their_own_or_with_one_the_outcome_is_open():
     alone = result_of([], [trial(1, {}, 0.4)], best="t1")
     assert outcome_of(alone).kind == "open"
-    assert "highest recall@1 of the search, 40.00 %" in outcome_of(alone).sentence
+    assert (
+        outcome_of(alone).sentence == "t1 reached recall@1 40.00 %, the highest of 1 trial that was trained to the end."
+    )
+    assert "partly luck" in outcome_of(alone).advice
+    others = [trial(2, {}, 0.4), trial(3, {}, 0.3), trial(4, {}, 0.9, status="stopped")]
+    several = replace(alone, trials=(*alone.trials, *others), chance=0.4)
+    assert outcome_of(several).sentence == (
+        "t1 and 1 other reached recall@1 40.00 %, the highest of 3 trials that were trained to the end."
+    )
+    assert "no more than a guess" in outcome_of(several).advice
     once = replace(alone, comparison=comparison("t1", num_seeds=1))
     assert outcome_of(once).kind == "open"
     assert "over 1 seed that" in outcome_of(once).sentence
@@ -244,7 +253,8 @@ def test_trials_are_counted_by_what_became_of_them():
 # --- the page
 
 
-def test_the_page_tells_the_numbers(tmp_path):
+def test_the_page_tells_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.report.search_importance.NUM_SHUFFLES", 2)
     result = search(9)
     files, html, text = read(result, tmp_path)
     assert [path.stem for path in files.pngs] == [
@@ -299,11 +309,11 @@ OTHER = replace(
     [
         (EMPTY, [], "No trial got as far as an evaluation"),
         (FAILED, [], "3 trials: 3 failed."),
-        (ONE, ["parallel_coordinates", "learning_curves"], "t0 reached the highest recall@1 of the search, 50.00 %"),
+        (ONE, ["parallel_coordinates", "learning_curves"], "t0 reached recall@1 50.00 %, the highest of 1 trial"),
         (SAME, ["parallel_coordinates", "learning_curves"], "all 6 trials that have it have the same value"),
         (BARE, ["learning_curves"], "1 trial: 1 trained to the end."),
         (RUNNING, ["parallel_coordinates", "learning_curves"], "1 not over yet"),
-        (OTHER, ["parallel_coordinates", "learning_curves"], "t2 reached the highest score of the search, 32."),
+        (OTHER, ["parallel_coordinates", "learning_curves"], "t2 reached score 32, the highest of 3 trials"),
     ],
     ids=["empty", "failed", "one", "same", "bare", "running", "other metric"],
 )
