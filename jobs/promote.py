@@ -8,6 +8,7 @@ Exit code 0: the candidate is champion now, or was already. Exit code 2: it is n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cvft.configuration import parse
-from cvft.errors import ConfigError
+from cvft.errors import ConfigError, CvftError, StoreError
 from jobs import entry
 from jobs.config import read_overrides, read_yaml
 from jobs.measuring import MeasuredVersion, Protocol, comparison_table, measure_versions, notes_on
@@ -75,10 +76,15 @@ def promote(registry: Registry, candidate: Version, rules: Rules) -> Result:
         because = candidate.tags.get("rolled_back_because") or "nobody said why"
         raise ConfigError(f"version {number} was rolled back ({because}); --again promotes it all the same")
     registry.set_tags(number, {"validation_status": "pending"})
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = measure_versions(registry, candidate, champion, rules.protocol, Path(folder))
-        licence = candidate.tags.get("data_licence", "")
-        origin = origin_of(registry, ours.evaluation.checkpoint, run_id=candidate.run_id, data_licence=licence)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = measure_versions(registry, candidate, champion, rules.protocol, Path(folder))
+            licence = candidate.tags.get("data_licence", "")
+            origin = origin_of(registry, ours.evaluation.checkpoint, run_id=candidate.run_id, data_licence=licence)
+    except CvftError:
+        with contextlib.suppress(StoreError):  # why it could not be measured matters more
+            registry.set_tags(number, {"validation_status": "not_measured"})
+        raise
     comparison = _compare(ours, theirs, rules)
     status, told = _move(registry, candidate, comparison)
     registry.set_tags(number, {"validation_status": status, "verdict": told, **_number_tags(ours, comparison)})

@@ -94,7 +94,8 @@ def _create(client: MlflowClient, name: str, own: str) -> str:
     try:
         client.create_registered_model(name, description=own)
     except MlflowException as error:
-        if not is_refusal(error):
+        # It is there; or it was, and its holder let go before MLflow had looked who that is.
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
             raise
         return _text_at(client, name)
     return own

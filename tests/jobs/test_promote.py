@@ -197,6 +197,7 @@ def test_a_champion_whose_files_are_gone_is_named_before_anything_is_measured(ru
     last = err.splitlines()[-1]
     assert f"the champion, version {EARLY} of town cannot be read" in last
     assert "`cvft rollback`" in last
+    assert registry.version(GOOD).tags["validation_status"] == "not_measured"
 
 
 def test_one_who_was_overtaken_while_measuring_moves_nothing_and_is_told_by_whom(

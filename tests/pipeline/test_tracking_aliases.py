@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from cvft.errors import StoreError, StoreUnavailableError
 from pipeline.tracking import aliases
@@ -67,6 +68,11 @@ def test_no_alias_and_no_model_are_nothing_to_roll_back(client):
     for name in (NAME, "unknown"):
         with pytest.raises(StoreError, match=f"{name} has no champion, so there is nothing to roll back"):
             roll_back(client, name, ALIAS)
+
+
+def test_a_name_that_mlflow_refuses_is_not_waited_for(client):
+    with pytest.raises(MlflowException, match="cannot contain '/'"):
+        roll_back(client, NAME, "a/b")
 
 
 def test_the_history_follows_an_alias_moved_by_hand_and_versions_that_are_deleted(client, caplog):
