@@ -151,7 +151,7 @@ def _is_choosing_split(origin: Origin, found: Measurement) -> bool:
 
 def _comparison(comparison: Comparison | None) -> str:
     if comparison is None:
-        return "None was made."
+        return "It was not compared with one."
     verdict = comparison.verdict
     lines = [f"{comparison.headline} Gate `{comparison.gate}`:", ""]
     lines += [f"- {'holds' if item.holds else 'FAILS'}: {item.text}." for item in verdict.conditions]

@@ -117,7 +117,8 @@ class Comparison:
         other = "a guess" if self.champion is None else f"version {self.champion}"
         if self.verdict.status == "promoted":
             place = f"the first {self.alias}" if self.champion is None else f"{self.alias} in place of {other}"
-            return f"Promoted on {self.day}: {place}. R@1 {gain_text(found)} over {other}."
+            doubt = ", which the gate lets pass though it is no better" if found.is_tie or found.gain <= 0 else ""
+            return f"Promoted on {self.day}: {place}. R@1 {gain_text(found)} over {other}{doubt}."
         if self.verdict.status == "tie":
             return f"Not promoted on {self.day}: a tie with {other}. R@1 {gain_text(found)}."
         return f"Refused on {self.day}: {self.verdict.reason}."
