@@ -132,7 +132,9 @@ class JobServer:
         found = [item for item in found if item.metadata.get("cvft_submission", submission.name) == submission.name]
         for item in found:
             if item.metadata.get("cvft_request") != submission.digest:
-                raise ConfigError(f"--name {submission.name}: {item.id} is another job ({item.entrypoint}); choose one")
+                raise ConfigError(
+                    f"--name {submission.name}: {item.id} is another job ({item.entrypoint}); choose another"
+                )
         return sorted(found, key=lambda item: (len(item.id), item.id))
 
     def all(self) -> list[Attempt]:

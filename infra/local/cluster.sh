@@ -10,9 +10,9 @@
 #   PARTS ("store mlflow ray")   what to start; a store or an MLflow that runs elsewhere is taken from AWS_* and
 #                                MLFLOW_TRACKING_URI as usual
 #   RAY_PORT (6379, 6380) DASHBOARD_PORT (8265) STORE_PORT (9100, 9101) MLFLOW_PORT (5000, 5001)
-#   NODES (nodes.yaml beside this file)   types of nodes and how many of each may come
+#   NODES (nodes.yaml beside this file)   types of nodes and how many of each may come; `none`: a head with two CPUs
 #   RAY_AUTH_MODE (token)   `disabled` lets everybody in who reaches RAY_PORT
-#   GCS_DIR              where the head keeps its state, so that it can be killed and started again by `head DIR`
+#   GCS_DIR              where a head with NODES=none keeps its state: killed, `head DIR` starts it again with its jobs
 #   PYTHON               with ray (this repository's .venv, else python3)
 # DIR's path must be short: Ray makes sockets below it, whose paths may have 107 characters.
 set -euo pipefail
@@ -58,6 +58,8 @@ start() {  # dir
   [[ -z $(ls -A "$dir") ]] || fail "$dir is not empty; stop what runs there and delete it, or name another folder"
   ((${#dir} <= 40)) || fail "$dir: this path is too long for Ray's sockets; name one of at most 40 characters"
   if has ray; then need_free RAY_PORT "$RAY_PORT"; need_free RAY_PORT $((RAY_PORT + 1)); need_free DASHBOARD_PORT "$DASHBOARD_PORT"; fi
+  # Ray gives the head of such nodes one fixed number, and never lets a number that was lost come back.
+  [[ -z ${GCS_DIR:-} || $NODES == none ]] || fail "GCS_DIR: only a head with NODES=none can be started again"
   if has store; then need_free STORE_PORT "$STORE_PORT"; fi
   if has mlflow; then need_free MLFLOW_PORT "$MLFLOW_PORT"; fi
   # shellcheck disable=SC2064  # the folder of now
@@ -82,7 +84,7 @@ start() {  # dir
 }
 
 prepare_head() {  # dir
-  sed "s/GCS_ADDRESS/127.0.0.1:$RAY_PORT/" "$NODES" >"$1/nodes.yaml"
+  [[ $NODES == none ]] || sed "s/GCS_ADDRESS/127.0.0.1:$RAY_PORT/" "$NODES" >"$1/nodes.yaml"
   mkdir "$1/ray"
   {
     echo "export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}"
@@ -93,17 +95,22 @@ prepare_head() {  # dir
     echo "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
   } >>"$1/exports"
   # What `head` needs to start the same head again.
-  printf '%s=%q\n' RAY_PORT "$RAY_PORT" DASHBOARD_PORT "$DASHBOARD_PORT" GCS_DIR "${GCS_DIR:-}" >"$1/settings"
+  printf '%s=%q\n' RAY_PORT "$RAY_PORT" DASHBOARD_PORT "$DASHBOARD_PORT" NODES "$NODES" GCS_DIR "${GCS_DIR:-}" >"$1/settings"
 }
 
 start_head() {  # dir
-  local deadline
+  local deadline size
+  size=(--num-cpus 2)
   (
     # shellcheck disable=SC1091
     source "$1/exports"
     unset RAY_API_SERVER_ADDRESS RAY_ADDRESS
-    export $MARK="$1" RAY_FAKE_CLUSTER=1 AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_enable_autoscaler_v2=1 RAY_USAGE_STATS_ENABLED=0
-    export RAY_CLOUD_INSTANCE_ID=$HEAD_ID RAY_OVERRIDE_NODE_ID_FOR_TESTING=$HEAD_ID RAY_NODE_TYPE_NAME=ray.head.default
+    export $MARK="$1" RAY_USAGE_STATS_ENABLED=0
+    if [[ $NODES != none ]]; then
+      export RAY_FAKE_CLUSTER=1 AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_enable_autoscaler_v2=1
+      export RAY_CLOUD_INSTANCE_ID=$HEAD_ID RAY_NODE_TYPE_NAME=ray.head.default
+      size=(--num-cpus 0 --autoscaling-config "$1/nodes.yaml")
+    fi
     if [[ -n ${GCS_DIR:-} ]]; then
       mkdir -p "$GCS_DIR"
       export RAY_gcs_storage=rocksdb RAY_gcs_storage_path=$GCS_DIR
@@ -114,8 +121,8 @@ start_head() {  # dir
     setsid nohup "$PYTHON" -c 'import sys; from ray.scripts.scripts import main; sys.exit(main())' start --head --block \
       --port "$RAY_PORT" --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" \
       --dashboard-agent-listen-port 0 --dashboard-agent-grpc-port 0 --ray-client-server-port $((RAY_PORT + 1)) \
-      --min-worker-port 0 --max-worker-port 0 --num-cpus 0 --num-gpus 0 --object-store-memory 104857600 \
-      --temp-dir "$1/ray" --autoscaling-config "$1/nodes.yaml" --disable-usage-stats \
+      --min-worker-port 0 --max-worker-port 0 "${size[@]}" --num-gpus 0 --object-store-memory 104857600 \
+      --temp-dir "$1/ray" --disable-usage-stats \
       </dev/null >>"$1/head.log" 2>&1 &
     echo $! >"$1/head.pid"
   )
