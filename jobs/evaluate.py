@@ -98,7 +98,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     labels = parse_labels(arguments.node_label, option="--node-label")
-    what = "--node-label" if labels else "evaluate"
+    what = "--node-label" if labels else "--use-gpu" if arguments.use_gpu else "evaluate"
     result, table, unknown = on_a_node(_measure, arguments, use_gpu=arguments.use_gpu, labels=labels, what=what)
     entry.LOGGER.info("\n%s", table)
     if unknown:

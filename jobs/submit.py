@@ -10,6 +10,7 @@ and the exit status is the job's. Ctrl-C leaves the job running.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,7 +36,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--address", help="http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)"
     )
     parser.add_argument("--name", help="submission id (default: made of the job, its name and what its arguments mean)")
-    parser.add_argument("--working-dir", default=".", help="checkout that is sent, or `none` for what the nodes hold")
+    parser.add_argument(
+        "--working-dir",
+        default=os.environ.get("CVFT_WORKING_DIR", "."),
+        help="checkout that is sent, or `none` for what the nodes hold (default: CVFT_WORKING_DIR, else this folder)",
+    )
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="files not to send; repeat it"
     )

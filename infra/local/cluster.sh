@@ -93,6 +93,9 @@ prepare_head() {  # dir
       echo "export RAY_AUTH_TOKEN_PATH=$1/token"
     fi
     echo "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
+    # Nodes of one machine share the folder that sent code is unpacked in, and each that comes unpacks it anew, under
+    # the others' feet: here they take the code from this checkout.
+    [[ $NODES == none ]] || echo "export CVFT_WORKING_DIR=none"
   } >>"$1/exports"
   # What `head` needs to start the same head again.
   printf '%s=%q\n' RAY_PORT "$RAY_PORT" DASHBOARD_PORT "$DASHBOARD_PORT" NODES "$NODES" GCS_DIR "${GCS_DIR:-}" >"$1/settings"
@@ -115,6 +118,8 @@ start_head() {  # dir
       mkdir -p "$GCS_DIR"
       export RAY_gcs_storage=rocksdb RAY_gcs_storage_path=$GCS_DIR
     fi
+    PYTHONPATH=$(cd "$HERE/../.." && pwd)${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH
     PATH=$(dirname "$PYTHON"):$PATH  # jobs are commands such as `python -m jobs.shard`
     cd "$1"
     # No file descriptor of the caller's stays open: a pipe that it reads would never end.

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from cvft.errors import ClusterError, ConfigError
-from jobs import room
+from jobs import cluster, room
 from jobs.node_labels import parse_labels
 
 ray = pytest.importorskip("ray")
@@ -46,6 +46,13 @@ def test_room_that_others_have_is_waited_for_in_words(ray_cluster, caplog):
     ray.get(holding)
     assert "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 nodes; there is no autoscaler" in caplog.text
     assert "1 x 1 CPU found after" in caplog.text
+
+
+def test_without_a_cluster_a_function_is_called_here_and_labels_are_refused(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster.on_a_node(type, 1, use_gpu=False, labels={}, what="--node-label") is int
+    with pytest.raises(ConfigError, match="--node-label: there are no nodes to choose from"):
+        cluster.on_a_node(type, 1, use_gpu=False, labels={"a": "b"}, what="--node-label")
 
 
 def test_labels_are_plain_words():

@@ -44,7 +44,8 @@ def cluster():
         try:
             assert started.returncode == 0, started.stderr
             exports = (line.removeprefix("export ").partition("=") for line in started.stdout.splitlines())
-            yield plain | ours | {name: value for name, _, value in exports}
+            client = plain | ours | {name: value for name, _, value in exports}
+            yield {name: value for name, value in client.items() if name != "CVFT_WORKING_DIR"}  # code is sent
         finally:
             subprocess.run([CLUSTER, "stop", folder], env=plain, check=True)
 
@@ -121,7 +122,7 @@ def test_what_no_node_can_hold_is_refused_at_once(ask):
     assert "holds CPU 64, now or later" in err
     code, _, err = ask("evaluate", "--use-gpu", "--checkpoint", "/c", "--manifest", "/m")
     assert code == 2
-    message = "cvft evaluate: error: evaluate: 1 x 1 CPU + 1 GPU cannot be had"
+    message = "cvft evaluate: error: --use-gpu: 1 x 1 CPU + 1 GPU cannot be had"
     assert message in err
     assert "no type of node that its autoscaler may add holds them" in err
     assert time.monotonic() - began < 170  # Ray itself waits for 15 minutes
