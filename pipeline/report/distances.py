@@ -132,7 +132,7 @@ def distance_figure(found: AnswerDistances, *, theme: Theme = LIGHT) -> Figure:
     for axes in (wrong_axes, within_axes):
         axes.set_xscale("log")
         axes.set_xlim(*limits_m)
-        axes.xaxis.set_major_locator(FixedLocator([mark for mark in _MARKS_M if limits_m[0] <= mark <= limits_m[1]]))
+        axes.xaxis.set_major_locator(FixedLocator([mark for mark in _MARKS_M if limits_m[0] < mark <= limits_m[1]]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_distance(value)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -191,8 +191,9 @@ def _draw_within(axes: Axes, found: AnswerDistances, limits_m: tuple[float, floa
         axes.annotate(
             f"{value:.1%} at {distance:g} m",
             (distance, value),
-            xytext=(5, 7),
+            xytext=(-5, 8),
             textcoords="offset points",
+            ha="right",
             fontsize=9.5,
             color=theme.ink,
         )
