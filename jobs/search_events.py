@@ -153,7 +153,7 @@ def _number(trial: Any) -> int:
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an evaluation without what Tune adds."""
-    own = ("epoch", "step", "loss", "pairs_per_s", "chance")
+    own = ("epoch", "step", "loss", "pairs_per_s", "chance", "median_rank")
     return {name: value for name, value in result.items() if name in own or name.startswith(("recall_", "num_"))}
 
 
