@@ -17,6 +17,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup
 
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
@@ -32,6 +33,7 @@ from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
 _USER_ERROR_FILE = "user_error.json"
+_ROOM_FILE = "placement_group"  # of a trial of Tune: what its workers hold
 _NEVER_S = 1e9
 
 
@@ -101,6 +103,21 @@ def _resources(train: TrainConfig) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if train.use_gpu else {"CPU": 1}
 
 
+def room_of(folder: str) -> PlacementGroup | None:
+    """Return the placement group that the workers of a trial of Tune hold, or held, or none.
+
+    Tune ends a trial by ending its process, and Ray Train then leaves the workers' placement group behind.
+
+    Raises:
+        StoreError: The trial's folder cannot be read.
+    """
+    store = Store.from_uri(folder)
+    if not store.exists(_ROOM_FILE):
+        return None
+    identity = type(PlacementGroup.empty().id)
+    return PlacementGroup(identity(store.read_bytes(_ROOM_FILE)))
+
+
 def _raise_what_ended_it(store: Store, attempt: str) -> None:
     attempts.check_current(store, attempt)
     if store.exists(_USER_ERROR_FILE):
@@ -116,6 +133,8 @@ def _run_worker(settings: dict[str, Any]) -> str:
     is_first = current_world().rank == 0
     if from_rank_0(lambda: store.exists(_USER_ERROR_FILE) or not attempts.is_current(store, settings["attempt"])):
         return ""  # restarted after an error that no restart can mend; the driver raises it
+    if is_first and settings["is_durable"]:
+        store.write_bytes(_ROOM_FILE, ray.util.get_current_placement_group().id.binary())
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # the worker's one CPU; the order of sums, and so the last bit, hangs on it

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray.tune import Callback
+from ray.util import remove_placement_group
 
 from jobs import tracked
 from jobs.entry import LOGGER
+from jobs.ray_train import room_of
 from jobs.search_journal import TrialRecord
 from jobs.search_plan import Search
 from jobs.search_table import Table
@@ -38,6 +40,7 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
         self._saved = time.monotonic()
         self._running: dict[str, int] = {}
         self._closing: dict[int, tuple[float, Future[None] | None]] = {}
+        self._rooms: list[tuple[float, Any]] = []
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="close-runs")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -81,10 +84,12 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
         self._running = {identity: number for identity, number in self._running.items() if identity in alive}
         self._tick()
         self._close_due()
+        self._free_rooms(at=time.monotonic())
         self._table.show(running=len(self._running))
 
     def finish(self) -> None:
         """Wait for what is under way."""
+        self._free_rooms(at=float("inf"))
         self._closer.shutdown(wait=True)
         self._note_closed()
         self._table.show(running=0, is_last=True)
@@ -92,6 +97,18 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
     def _leave(self, trial: Any) -> None:
         self._tick()
         self._running.pop(trial.trial_id, None)
+        if self._search.spec.trial.workers > 1:
+            folder = self._search.journal.folder(_number(trial))
+            room = self._search.journal.patiently(lambda: room_of(folder))
+            if room is not None:
+                self._rooms.append((time.monotonic() + _CLOSE_AFTER_S, room))
+
+    def _free_rooms(self, *, at: float) -> None:
+        """Free what workers of trials that ended a while ago may hold: without it the next ones may wait for ever."""
+        for due, room in list(self._rooms):
+            if at >= due:
+                self._rooms.remove((due, room))
+                remove_placement_group(room)
 
     def _tick(self) -> None:
         self._search.clock.tick(self._running.values())

@@ -167,7 +167,8 @@ def test_a_population_goes_on_from_the_donors_weights(search, manifest_uri, tmp_
 
 
 def test_trials_of_two_workers_take_turns_where_there_is_room_for_one(search, tmp_path):
-    spec = spec_of(RATE, budget={"trials": 2}, trial={"workers": 2, "max_concurrent": 2})
+    # This scheduler ends the first trial's process, which leaves the room of its workers to be freed.
+    spec = spec_of(RATE, budget={"trials": 2}, scheduler={"kind": "asha"}, trial={"workers": 2, "max_concurrent": 2})
     result = search(spec, "train.num_epochs=1")  # two at a time would want four CPUs of two
     assert result["trials"] == {"finished": 2}
     assert [len(item["evaluations"]) for item in journal_of(tmp_path / "search").values()] == [1, 1]
