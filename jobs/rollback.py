@@ -19,7 +19,8 @@ def rollback(registry: Registry, *, alias: str, reason: str) -> dict[str, Any]:
     """Move an alias back to the version that it named before, and write down when and why on both.
 
     Raises:
-        StoreError: There is none before it, or MLflow cannot be used.
+        NothingToRollBackError: There is none before it.
+        StoreError: MLflow cannot be used.
     """
     done = registry.roll_back(alias)
     now = datetime.now(UTC).isoformat(timespec="seconds")

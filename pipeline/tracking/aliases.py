@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cvft.errors import CvftError, StoreError
+from cvft.errors import CvftError
 from pipeline.tracking.lock import STALE_S, registry_lock
 from pipeline.tracking.server import is_refusal
 
@@ -31,6 +31,10 @@ class AliasMovedError(CvftError):
     def __init__(self, message: str, *, current: int | None) -> None:
         super().__init__(message)
         self.current = current
+
+
+class NothingToRollBackError(CvftError):
+    """The alias has named no other version before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ def move_alias(
 
     Raises:
         AliasMovedError: It names another version; nothing was moved.
-        StoreUnavailableError: The lock was lost; nothing was moved.
+        LockLostError: The lock was lost; nothing was moved.
     """
     with registry_lock(client, _lock_name(name, alias), stale_s=stale_s) as check:
         history = alias_history(client, name, alias)
@@ -93,20 +97,20 @@ def roll_back(client: MlflowClient, name: str, alias: str, *, stale_s: float = S
     """Move an alias back to the version that it named before; versions deleted meanwhile are passed over and named.
 
     Raises:
-        StoreError: There is none.
-        StoreUnavailableError: The lock was lost; nothing was moved.
+        NothingToRollBackError: There is none.
+        LockLostError: The lock was lost; nothing was moved.
     """
     with registry_lock(client, _lock_name(name, alias), stale_s=stale_s) as check:
         history = alias_history(client, name, alias)
         if not history:
-            raise StoreError(
+            raise NothingToRollBackError(
                 f"{name} has no {alias}, so there is nothing to roll back; `cvft models` lists its versions"
             )
         before = history[:-1]
         while before and not _exists(client, name, before[-1]):
             _LOGGER.warning("version %d of %s, %s before, was deleted: going back further", before.pop(), name, alias)
         if not before:
-            raise StoreError(
+            raise NothingToRollBackError(
                 f"version {history[-1]} is the first {alias} of {name} that is known: there is none before it to go"
                 " back to; promote another one"
             )

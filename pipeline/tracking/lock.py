@@ -25,12 +25,16 @@ from datetime import UTC, datetime
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cvft.errors import StoreUnavailableError
+from cvft.errors import CvftError
 from pipeline.tracking.server import is_refusal
 
 STALE_S = 60.0
 _PAUSE_S = 0.1
 _LOGGER = logging.getLogger(__name__)
+
+
+class LockLostError(CvftError):
+    """A lock was held for so long that it may be another's now."""
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def registry_lock(client: MlflowClient, name: str, *, stale_s: float = STALE_S) 
         stale_s: Time after which a lock whose holder does not change counts as left behind; the same for all.
 
     Yields:
-        A function to call right before what the lock guards; raises StoreUnavailableError if the lock was taken away.
+        A function to call right before what the lock guards; raises LockLostError if the lock was taken away.
     """
     own = _own_text()
     tombstones: list[str] = []
@@ -52,7 +56,7 @@ def registry_lock(client: MlflowClient, name: str, *, stale_s: float = STALE_S) 
 
     def check() -> None:
         if time.monotonic() - acquired > stale_s / 2 or _text_at(client, name) != own:
-            raise StoreUnavailableError(
+            raise LockLostError(
                 f"the lock {name!r} was held for more than {stale_s / 2:g} s and may be another's now: nothing was"
                 " moved; run it again"
             )

@@ -109,7 +109,7 @@ def test_a_better_model_is_promoted_an_equal_one_ties_a_worse_one_is_refused_and
     assert registry.version(EARLY).tags["restored_because"] == "wrong at night"
     code, _, err = run(rollback.JOB)
     assert code == 2
-    assert "there is none before it" in err
+    assert f"cvft rollback: error: version {EARLY} is the first champion of town that is known: there is none" in err
     code, _, err = run(promote.JOB, "--candidate", GOOD)
     assert code == 2
     assert "was rolled back (wrong at night); --again promotes it all the same" in err

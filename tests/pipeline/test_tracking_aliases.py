@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from cvft.errors import StoreError, StoreUnavailableError
 from pipeline.tracking import aliases
-from pipeline.tracking.aliases import AliasMovedError, alias_history, aliased_version, move_alias, roll_back
-from pipeline.tracking.lock import registry_lock
+from pipeline.tracking.aliases import (
+    AliasMovedError,
+    NothingToRollBackError,
+    alias_history,
+    aliased_version,
+    move_alias,
+    roll_back,
+)
+from pipeline.tracking.lock import LockLostError, registry_lock
 from pipeline.tracking.server import tracking_client
 from tests.mlflow_server import MlflowServer
 
@@ -44,7 +50,7 @@ def test_an_alias_goes_from_version_to_version_and_back_twice(client):
     assert client.get_model_version(NAME, "2").tags == {"previous_champion": "3"}
     assert roll_back(client, NAME, ALIAS).version_to == 3
     assert roll_back(client, NAME, ALIAS).version_to == 1
-    with pytest.raises(StoreError, match="version 1 is the first champion of town that is known"):
+    with pytest.raises(NothingToRollBackError, match="version 1 is the first champion of town that is known"):
         roll_back(client, NAME, ALIAS)
     assert aliased_version(client, NAME, ALIAS) == 1
     assert names(client) == {NAME}
@@ -66,7 +72,7 @@ def test_nothing_is_moved_past_a_version_that_the_mover_does_not_know(client):
 
 def test_no_alias_and_no_model_are_nothing_to_roll_back(client):
     for name in (NAME, "unknown"):
-        with pytest.raises(StoreError, match=f"{name} has no champion, so there is nothing to roll back"):
+        with pytest.raises(NothingToRollBackError, match=f"{name} has no champion, so there is nothing to roll back"):
             roll_back(client, name, ALIAS)
 
 
@@ -143,7 +149,7 @@ def test_a_holder_whose_lock_was_broken_moves_nothing(client, monkeypatch):
         return alias_history(*arguments)
 
     monkeypatch.setattr(aliases, "alias_history", slept)
-    with pytest.raises(StoreUnavailableError, match="nothing was moved"):
+    with pytest.raises(LockLostError, match="nothing was moved"):
         move_alias(client, NAME, ALIAS, expected=None, to=1)
     assert aliased_version(client, NAME, ALIAS) is None
 
