@@ -123,6 +123,8 @@ def _quality(origin: Origin, found: Measurement | None) -> str:
         f" references, manifest `{found.digest[:16]}`{f', measured on {found.day}' if found.day else ''}."
         f" Of the queries, {leaked} are in the training split as well. Equal scores count against the query.",
     ]
+    if origin.info.manifest_digest == found.digest and origin.setting("data.train_split") == found.split:
+        text.append("These are the very pairs that it was trained on: of places never seen this says nothing.")
     if _is_choosing_split(origin, found):
         text.append("The checkpoint was chosen on this very split, which flatters it a little.")
     if origin.info.manifest_digest not in (None, found.digest):

@@ -124,6 +124,12 @@ def test_a_measurement_on_other_data_than_trained_on_is_named_as_such():
     assert "chosen on this very split" not in card
 
 
+def test_a_measurement_on_the_pairs_trained_on_says_what_it_is_worth():
+    warning = "of places never seen this says nothing"
+    assert warning in model_card("cvft", origin(), measurement=measurement(split="train"))
+    assert warning not in model_card("cvft", origin(), measurement=measurement())
+
+
 def test_recalls_by_distance_stand_beside_those_of_the_exact_pair():
     metrics = {**METRICS, "recall_at_1_within_5m": 0.5, "recall_at_5_within_5m": 0.8, "recall_at_10_within_5m": 0.9}
     found = measurement(metrics=metrics, hit_distance_m=5.0)
