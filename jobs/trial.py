@@ -25,7 +25,7 @@ from ray import tune
 from cvft.checkpoint import read_info
 from cvft.configuration import parse
 from cvft.errors import CheckpointError, CvftError, StoreUnavailableError
-from jobs import attempts, run_file, tracked, worker
+from jobs import attempts, pictures, run_file, tracked, worker
 from jobs.config import ExperimentConfig
 from jobs.entry import log_to_stderr
 from jobs.progress import Metrics, read_history
@@ -164,6 +164,7 @@ class _Trial:
             hooks = {**record.hooks, "on_epoch": on_epoch}
 
             worker.train(self._config, device=device, guard=guard, is_durable=True, **hooks)
+        pictures.log_pictures(self._config, run, device=device)
         for metrics in last:
             self._report(metrics)
 

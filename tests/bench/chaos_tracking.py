@@ -66,6 +66,7 @@ SETTINGS = {
     "train.batch_size": 4,
     "train.evaluate_every": 4,
     "tracking.log_every_steps": EVERY,
+    "tracking.pictures": False,
 }
 
 

@@ -24,7 +24,7 @@ from jobs.config import ExperimentConfig, load
 from jobs.search_config import SearchConfig
 from jobs.trial import trial_config
 from pipeline.tracking.server import prepare, tracking_client
-from tests.jobs.conftest import TINY
+from tests.jobs.conftest import NO_PICTURES, TINY
 from tests.jobs.test_shard_killed import descendants
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -51,7 +51,7 @@ def search(ray_cluster, manifest_uri, tracking_uri, tmp_path):
     """Do a search in this test's folder."""
 
     def run(spec, *overrides, out="search"):
-        settings = [*TINY, f"tracking.uri={tracking_uri}", *overrides]
+        settings = [*TINY, NO_PICTURES, f"tracking.uri={tracking_uri}", *overrides]
         return tune.tune(spec, manifest=manifest_uri, out=str(tmp_path / out), overrides=settings)
 
     return run
@@ -69,7 +69,8 @@ def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, t
         scheduler={"kind": "asha", "grace_epochs": 2, "reduction_factor": 2},
         trial={"max_concurrent": 1},
     )
-    result = search(spec, "train.num_epochs=6")
+    settings = ["train.num_epochs=6", "tracking.pictures=true"]
+    result = search(spec, *settings)
     journal = journal_of(tmp_path / "search")
     assert [item["status"] for item in journal.values()] == ["finished", "failed", "stopped"]
     assert [len(item["evaluations"]) for item in journal.values()] == [6, 0, 2]
@@ -79,6 +80,14 @@ def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, t
     assert [run.info.run_name for run in runs] == list(journal)
     assert [run.data.tags["search.status"] for run in runs] == ["finished", "failed", "stopped"]
     assert [run.info.status for run in runs] == ["FINISHED", "FAILED", "FINISHED"]
+    has_pictures = [
+        any(
+            file.path == "report/report.html"
+            for file in tracking_client(tracking_uri).list_artifacts(run.info.run_id, "report")
+        )
+        for run in runs
+    ]
+    assert has_pictures == [True, False, False]
     assert (tmp_path / "search" / "report" / "search.html").stat().st_size > 10_000
 
     # The best configuration is a file that `train` takes as it is, and it repeats the recall.
@@ -93,7 +102,7 @@ def test_a_search_stops_the_bad_records_the_failed_and_leaves_the_best(search, t
 
     # Given again it only reads, and starts no Ray.
     monkeypatch.setattr(tune, "ray_session", None)
-    repeated = search(spec, "train.num_epochs=6")
+    repeated = search(spec, *settings)
     assert repeated == result
 
 
@@ -102,7 +111,7 @@ def test_a_killed_search_goes_on_repeats_nothing_and_is_in_mlflow_once(search, m
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     out, overrides = tmp_path / "search", ["train.num_epochs=12", "train.keep_last=100"]
     command = [sys.executable, "-m", "jobs.tune", "--spec", tmp_path / "spec.yaml", "--manifest", manifest_uri]
-    command += ["--out", out, *TINY, f"tracking.uri={tracking_uri}", *overrides]
+    command += ["--out", out, *TINY, NO_PICTURES, f"tracking.uri={tracking_uri}", *overrides]
     driver = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
     )
