@@ -12,7 +12,7 @@ from pipeline.report.search_words import metric_label
 
 _LEFT_PX, _RIGHT_PX, _TOP_PX = 66.0, 96.0, 62.0
 _TALL_PX = 330.0
-_MIN_WIDTH_PX, _MAX_STEP_PX, _MIN_STEP_PX = 700.0, 230.0, 122.0
+_PAGE_PX, _MIN_WIDTH_PX, _MAX_STEP_PX, _MIN_STEP_PX = 1060.0, 700.0, 230.0, 104.0
 _CHARACTER_PX = 6.3  # of a mark
 
 
@@ -55,11 +55,16 @@ class Drawing:
     axes: Sequence[DrawnAxis]
     lines: Sequence[DrawnLine]
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is wider than the page, and the last axis is seen by scrolling."""
+        return self.width > _PAGE_PX
+
 
 def drawing_of(lines: Lines) -> Drawing:
     """Lay the lines out."""
     gaps = max(len(lines.axes) - 1, 1)
-    step = min(max((1060 - _LEFT_PX - _RIGHT_PX) / gaps, _MIN_STEP_PX), _MAX_STEP_PX)
+    step = min(max((_PAGE_PX - _LEFT_PX - _RIGHT_PX) / gaps, _MIN_STEP_PX), _MAX_STEP_PX)
     x = [_LEFT_PX + step * column for column in range(len(lines.axes))]
     names = [wrapped_name(axis.name) for axis in lines.axes[:-1]] + [metric_label(lines.axes[-1].name)]
     top = _TOP_PX + 15.0 * max(name.count("\n") for name in names)
