@@ -8,7 +8,7 @@ DEMO ?= demo
 CLUSTER ?= /tmp/cvft-cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo cluster cluster-stop test test-objectstore test-monitoring test-tensorflow test-timm test-triton test-serving check bench bench-peers help clean-demo
+.PHONY: demo cluster cluster-stop test test-cluster test-objectstore test-monitoring test-tensorflow test-timm test-triton test-serving check bench bench-peers help clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -17,13 +17,16 @@ demo: $(VENV)/.runtime  ## raw images -> shards -> training -> registered model 
 	@$(BIN)/python -m jobs.demo --out $(DEMO)
 
 # In two processes of one thread each: whole files go to either, all that needs Ray to one (see tests/conftest.py).
-test: $(VENV)/.developer  ## the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/objectstore --ignore tests/monitoring -n 2 --dist loadgroup
+test: $(VENV)/.developer  ## the test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" --ignore tests/objectstore --ignore tests/monitoring -n 2 --dist loadgroup
 
 test-objectstore: $(VENV)/.developer  ## a real object store, Ceph's, and MLflow on PostgreSQL (Debian's packages: see the message)
 	@infra/objectstore/radosgw.sh check
 	@PYTHON=$(BIN)/python infra/mlflow/server.sh check
 	@$(BIN)/python -m pytest tests/objectstore
+
+test-cluster: $(VENV)/.developer  ## whole searches and submissions on Ray: minutes that `make test` is spared
+	@$(BIN)/python -m pytest -m cluster tests/jobs
 
 test-monitoring: $(VENV)/.developer  ## the dashboard's expressions asked of a real Prometheus (Debian's package) that scrapes a Ray at work
 	@command -v prometheus >/dev/null || { echo "prometheus is missing: apt-get install --no-install-recommends prometheus" >&2; exit 1; }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = str(ROOT / "infra" / "local" / "cluster.sh")

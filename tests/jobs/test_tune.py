@@ -27,7 +27,7 @@ from pipeline.tracking.server import prepare, tracking_client
 from tests.jobs.conftest import NO_PICTURES, TINY
 from tests.jobs.test_shard_killed import descendants
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 RATE = {"train.optimizer.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 
