@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,10 @@ def promote(registry: Registry, candidate: Version, rules: Rules) -> Result:
     comparison = _compare(ours, theirs, rules)
     status, told = _move(registry, candidate, comparison)
     registry.set_tags(number, {"validation_status": status, "verdict": told, **_number_tags(ours, comparison)})
-    if status != "overtaken":
-        card = model_card(registry.name, origin, version=number, measurement=ours.measurement, comparison=comparison)
-        registry.describe(candidate, description=describe(origin, ours.measurement, comparison), card=card)
+    if status == "overtaken":
+        comparison = replace(comparison, overtaken=told)
+    card = model_card(registry.name, origin, version=number, measurement=ours.measurement, comparison=comparison)
+    registry.describe(candidate, description=describe(origin, ours.measurement, comparison), card=card)
     return {
         **comparison.verdict.plain(),
         "status": status,

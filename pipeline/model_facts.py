@@ -102,6 +102,7 @@ class Comparison:
         champion: The version that it was compared with; none if there was none.
         gate: Name of the gate.
         day: When, as a date.
+        overtaken: What became of the alias meanwhile, where another promotion was faster; empty otherwise.
     """
 
     verdict: Verdict
@@ -109,10 +110,13 @@ class Comparison:
     champion: int | None
     gate: str
     day: str
+    overtaken: str = ""
 
     @property
     def headline(self) -> str:
         """The outcome in one sentence."""
+        if self.overtaken:
+            return f"Not promoted on {self.day}: {self.overtaken}."
         found = self.verdict.difference
         other = "a guess" if self.champion is None else f"version {self.champion}"
         if self.verdict.status == "promoted":

@@ -212,7 +212,10 @@ def test_one_who_was_overtaken_while_measuring_moves_nothing_and_is_told_by_whom
     code, result, err = run(promote.JOB, "--candidate", GOOD)
     assert (code, result["status"], result["version"]) == (2, "overtaken", EARLY)
     assert "champion of town is version 1 by now and was no version when this began" in err
-    assert registry.version(GOOD).tags["validation_status"] == "overtaken"
+    overtaken = registry.version(GOOD)
+    assert overtaken.tags["validation_status"] == "overtaken"
+    assert overtaken.description.startswith("**Not promoted on ")
+    assert "is version 1 by now" in overtaken.description.splitlines()[0]
 
 
 def test_the_list_shows_every_version_and_what_it_is_known_for(run, registry):
