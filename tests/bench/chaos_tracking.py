@@ -65,8 +65,7 @@ SETTINGS = {
     "model.head.channels": 4,
     "train.batch_size": 4,
     "train.evaluate_every": 4,
-    "tracking.log_every_steps": EVERY,
-    "tracking.pictures": False,
+    "tracking": {"log_every_steps": EVERY, "pictures": False},
 }
 
 
