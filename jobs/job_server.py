@@ -32,8 +32,15 @@ _NEVER = "No available node types can fulfill resource requests"
 _HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTALL)
 
 
+_PAUSES_S = (1.0, 2.0, 4.0)
+
+
 class AwayError(ClusterError):
     """The cluster does not answer; it may do so later."""
+
+
+class BusyError(ClusterError):
+    """The job server failed by itself; asked again it may not."""
 
 
 @dataclass(frozen=True)
@@ -168,22 +175,31 @@ class JobServer:
             **request.metadata,
         }
         code = {} if request.archive is None else {"working_dir": str(request.archive)}
-        try:
-            with self._errors():
-                self._client.submit_job(
-                    submission_id=submission.attempt(number),
-                    entrypoint=submission.entrypoint,
-                    runtime_env={**code, "env_vars": {"PYTHONUNBUFFERED": "1", **request.variables}},
-                    metadata=metadata,
-                    entrypoint_num_cpus=request.needs.get("CPU"),
-                    entrypoint_num_gpus=request.needs.get("GPU"),
-                    entrypoint_label_selector=dict(request.labels) or None,
-                )
-        except ClusterError as error:
-            if "already exists" not in str(error):
-                raise
-            return False
-        return True
+        options = {
+            "submission_id": submission.attempt(number),
+            "entrypoint": submission.entrypoint,
+            "runtime_env": {**code, "env_vars": {"PYTHONUNBUFFERED": "1", **request.variables}},
+            "metadata": metadata,
+            "entrypoint_num_cpus": request.needs.get("CPU"),
+            "entrypoint_num_gpus": request.needs.get("GPU"),
+            "entrypoint_label_selector": dict(request.labels) or None,
+        }
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                with self._errors():
+                    self._client.submit_job(**options)
+            except BusyError:
+                # Two who send the same code at once can fail each other. What was taken all the same exists by now.
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+            except ClusterError as error:
+                if "already exists" not in str(error):
+                    raise
+                return False
+            else:
+                return True
+        raise AssertionError("the last try returns or raises")
 
     def logs(self, job_id: str) -> str:
         """Return what a job has printed; "" where that is gone with its node."""
@@ -244,10 +260,12 @@ class JobServer:
             if found is None:
                 raise
             reason = _last_line(found[2])
-            raise ClusterError(f"{self.address} answers {found[1]}: {reason[:300]}") from error
+            is_busy = found[1].startswith("5") and "already exists" not in found[2]
+            kind = BusyError if is_busy else ClusterError
+            raise kind(f"{self.address} answers {found[1]}: {reason[:300]}") from error
 
 
 def _last_line(text: str) -> str:
     """Return the end of a traceback, or the whole of something shorter."""
-    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip(" .")]  # Ray adds a full stop
     return lines[-1].strip() if lines else ""
