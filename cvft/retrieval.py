@@ -36,6 +36,11 @@ _NUM_PAIRS = 64  # single pairs at a time: in float64 they still fit a core's ca
 _NUM_RUNS = 16  # of a block's columns, among which the best are looked for first
 
 
+def one_percent_k(num_references: int, convention: OnePercent = "cvft") -> int:
+    """Return the k of R@1 %, see `RetrievalResult.one_percent`."""
+    return int(num_references * 0.01) + 1 if convention == "cvft" else max(num_references // 100, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HitDistance:
     """The protocol that accepts any reference near the query (CVACT_test: 5 m), besides its own.
@@ -79,9 +84,7 @@ class RetrievalResult:
     @property
     def one_percent_k(self) -> int:
         """The k of R@1 % under this result's convention."""
-        if self.one_percent == "cvft":
-            return int(self.num_references * 0.01) + 1
-        return max(self.num_references // 100, 1)
+        return one_percent_k(self.num_references, self.one_percent)
 
     def recall_at(self, k: int) -> float:
         """Return the fraction of queries whose true reference is among the first `k`."""

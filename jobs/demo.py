@@ -145,7 +145,8 @@ def _shard(out: Path) -> Result:
 
 
 def _train(config: ExperimentConfig) -> Result:
-    result = train(config)
+    # A stage of its own registers what is trained here, and says of what licence the data are.
+    result = train(dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, registered_model=None)))
     return {**result, "files": [result["checkpoint"], *_database(config)]}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cvft.retrieval import one_percent_k
 from pipeline.model_facts import (
     HEADS,
     Comparison,
@@ -142,9 +143,10 @@ def _quality(origin: Origin, found: Measurement | None) -> str:
 
 def _chance(found: Measurement, k: int | str) -> str:
     references = found.metrics.get("num_references")
-    if not references or not isinstance(k, int):
-        return "1 %" if k == "1_percent" else "unknown"
-    return percent(min(k / references, 1.0))
+    if not references:
+        return "unknown"
+    number = one_percent_k(int(references)) if isinstance(k, str) else k
+    return percent(min(number / references, 1.0))
 
 
 def _is_choosing_split(origin: Origin, found: Measurement) -> bool:
