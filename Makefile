@@ -67,7 +67,7 @@ clean-demo:  ## forget the demo's data, runs and models
 # torch first and pinned: whatever asks for an unpinned torch later finds it there.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed; say which: make PYTHON=python3.11 ...")'
-	@echo "installing into $(VENV) (2.4 GB, a few minutes the first time)" >&2
+	@echo "installing into $(VENV) (up to 2.9 GB, a few minutes the first time)" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(PIP) torch
