@@ -19,7 +19,7 @@ from cvft.checkpoint import read_info
 from cvft.configuration import parse, require, to_plain
 from cvft.errors import ConfigError
 from jobs import run_file, worker
-from jobs.config import ExperimentConfig, load, read_yaml
+from jobs.config import ExperimentConfig, load, read_specification
 from jobs.entry import LOGGER
 from jobs.progress import Metrics, read_history
 from jobs.saving import checkpoints_of
@@ -102,13 +102,7 @@ def load_ablation(file: str) -> AblationConfig:
     Raises:
         ConfigError: It cannot be read, or a key or value is refused.
     """
-    path = Path(file)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        path = ABLATIONS / f"{file}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(item.stem for item in ABLATIONS.glob("*.yaml")))
-            raise ConfigError(f"--spec {file}: no such file, and no such ablation; there are: {known}")
-    return parse(AblationConfig, read_yaml(path))
+    return parse(AblationConfig, read_specification(file, folder=ABLATIONS, what="ablation"))
 
 
 def plan_trials(

@@ -251,6 +251,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_specification(file: str, *, folder: Path, what: str) -> dict[str, Any]:
+    """Read what `--spec` names: a YAML file, or the name of one in the folder.
+
+    Args:
+        file: As it was given.
+        folder: Where the named ones are.
+        what: The word for one, for the message.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be read.
+    """
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        path = folder / f"{file}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
+            raise ConfigError(f"--spec {file}: no such file, and no such {what}; there are: {known}")
+    return read_yaml(path)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader with YAML 1.2's numbers (`1e-5` has no dot) that refuses duplicate keys."""
 

@@ -30,9 +30,7 @@ _NODE_LOST = "JOB_SUPERVISOR_ACTOR_DIED"
 _NEWS_S = 15.0
 _NEVER = "No available node types can fulfill resource requests"
 _HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTALL)
-
-
-_PAUSES_S = (1.0, 2.0, 4.0)
+_PAUSES_S = (1.0, 2.0, 4.0)  # before a job server that failed by itself is asked again
 
 
 class AwayError(ClusterError):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
-from jobs.config import ExperimentConfig, load, read_yaml
+from jobs.config import ExperimentConfig, load, read_specification
 from jobs.search_parameter import ParameterConfig
 from jobs.search_space import Space
 from pipeline.ablation import RECALLS
@@ -220,13 +220,7 @@ def load_search(file: str) -> SearchConfig:
     Raises:
         ConfigError: It cannot be read, or a key or value is refused.
     """
-    path = Path(file)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        path = SEARCHES / f"{file}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(item.stem for item in SEARCHES.glob("*.yaml")))
-            raise ConfigError(f"--spec {file}: no such file, and no such search; there are: {known}")
-    return parse(SearchConfig, read_yaml(path))
+    return parse(SearchConfig, read_specification(file, folder=SEARCHES, what="search"))
 
 
 def base_of(spec: SearchConfig, *, manifest: str, out: str, overrides: Iterable[str] = ()) -> ExperimentConfig:
