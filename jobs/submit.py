@@ -21,11 +21,11 @@ from jobs import entry
 from jobs.cli import SUMMARIES
 from jobs.commit import code_commit
 from jobs.entry import LOGGER, EndedElsewhereError
-from jobs.following import Follower, find_result
-from jobs.job_server import Attempt, JobServer, Request
 from jobs.node_labels import parse_labels
-from jobs.package import collect, pack
-from jobs.submission import Submission, check_places, environment, read
+from jobs.submission.command import Submission, check_places, environment, read
+from jobs.submission.following import Follower, find_result
+from jobs.submission.job_server import Attempt, JobServer, Request
+from jobs.submission.package import collect, pack
 
 JOBS = tuple(name for name in SUMMARIES if name != "submit")
 _RACES = 10

@@ -25,13 +25,13 @@ from jobs.cluster import ray_session
 from jobs.commit import code_commit
 from jobs.config import ExperimentConfig
 from jobs.run_file import FREE_KEYS
-from jobs.search_clock import Clock
-from jobs.search_config import SearchConfig, base_of, load_search, space_of
-from jobs.search_draw import searcher_of
-from jobs.search_end import finish_search
-from jobs.search_journal import Journal
-from jobs.search_plan import SEARCH_FILE, Search
-from jobs.search_run import run_search
+from jobs.search.clock import Clock
+from jobs.search.config import SearchConfig, base_of, load_search, space_of
+from jobs.search.draw import searcher_of
+from jobs.search.end import finish_search
+from jobs.search.journal import Journal
+from jobs.search.plan import SEARCH_FILE, Search
+from jobs.search.run import run_search
 from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay
 from pipeline.storage import Store

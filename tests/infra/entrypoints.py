@@ -7,7 +7,8 @@ import importlib
 import shlex
 from collections.abc import Sequence
 
-from jobs import config, search_config
+from jobs import config
+from jobs.search import config as search_config
 
 
 class _RefusedError(Exception):

@@ -7,9 +7,9 @@ import pytest
 
 from cvft.errors import ConfigError
 from jobs import cli
-from jobs.following import find_result
-from jobs.package import collect, pack
-from jobs.submission import check_places, environment, read
+from jobs.submission.command import check_places, environment, read
+from jobs.submission.following import find_result
+from jobs.submission.package import collect, pack
 
 KNOWN = tuple(cli.SUMMARIES)
 TRAIN = ["train", "--config", "town", "data.manifest=s3://bucket/store", "output=s3://bucket/runs", "name=mine"]

@@ -21,8 +21,8 @@ from cvft.configuration import parse
 from cvft.errors import ClusterError
 from jobs import train, tune, worker
 from jobs.config import ExperimentConfig, load
-from jobs.search_config import SearchConfig
-from jobs.trial import trial_config
+from jobs.search.config import SearchConfig
+from jobs.search.trial import trial_config
 from pipeline.tracking.server import prepare, tracking_client
 from tests.jobs.conftest import NO_PICTURES, TINY
 from tests.jobs.test_shard_killed import descendants

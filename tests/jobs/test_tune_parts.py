@@ -14,13 +14,13 @@ import pytest
 from cvft.errors import ConfigError
 from jobs import tune
 from jobs.config import load
-from jobs.search_clock import Clock
-from jobs.search_config import BudgetConfig, SchedulerConfig, base_of
-from jobs.search_end import in_words, winner
-from jobs.search_journal import Generation, Journal, TrialRecord
-from jobs.search_scheduler import rungs, scheduler_of
-from jobs.search_table import Table, table_rows
-from jobs.trial import trial_config
+from jobs.search.clock import Clock
+from jobs.search.config import BudgetConfig, SchedulerConfig, base_of
+from jobs.search.end import in_words, winner
+from jobs.search.journal import Generation, Journal, TrialRecord
+from jobs.search.scheduler import rungs, scheduler_of
+from jobs.search.table import Table, table_rows
+from jobs.search.trial import trial_config
 from pipeline.ablation import Trial, summarise
 from pipeline.manifest import Manifest
 from pipeline.search import SearchTrial
@@ -83,7 +83,7 @@ def test_a_driver_that_was_taken_over_writes_nothing(tmp_path):
 
 def test_the_clock_goes_on_where_an_earlier_start_left_it(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("jobs.search_clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("jobs.search.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
     journal = journal_at(tmp_path)
     journal.records[0] = replace(record(0, {}), seconds=1000.0)
     clock = Clock(BudgetConfig(hours=2, gpu_hours=1.5), journal, gpus_per_trial=4, seconds=3600.0)

@@ -12,10 +12,10 @@ import pytest
 from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import ConfigError
 from jobs import entry, tune
-from jobs.search_config import SEARCHES, SearchConfig, base_of, load_search, space_of
-from jobs.search_draw import searcher_of
-from jobs.search_journal import Generation, TrialRecord
-from jobs.search_space import explore
+from jobs.search.config import SEARCHES, SearchConfig, base_of, load_search, space_of
+from jobs.search.draw import searcher_of
+from jobs.search.journal import Generation, TrialRecord
+from jobs.search.space import explore
 
 KIND = {"type": "choice", "values": ["soft_margin_triplet", "info_nce"]}
 GAMMA = {"type": "float", "low": 3, "high": 30, "log": True, "when": {"train.loss.kind": "soft_margin_triplet"}}

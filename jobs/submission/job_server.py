@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cvft.errors import ClusterError, ConfigError
-from jobs.submission import Submission
+from jobs.submission.command import Submission
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _NODE_LOST = "JOB_SUPERVISOR_ACTOR_DIED"

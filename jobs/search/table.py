@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.entry import LINE_INTERVAL_S, LOGGER
-from jobs.search_journal import TrialRecord
-from jobs.search_plan import Search
+from jobs.search.journal import TrialRecord
+from jobs.search.plan import Search
 from pipeline.search import Value
 
 _REDRAW_S = 1.0

@@ -14,7 +14,7 @@ import aiohttp
 
 from cvft.errors import ClusterError
 from jobs.entry import LOGGER
-from jobs.job_server import Attempt, AwayError, JobServer
+from jobs.submission.job_server import Attempt, AwayError, JobServer
 
 _POLL_S = 1.0
 _SAY_S = 10.0

@@ -16,10 +16,10 @@ from ray.tune.schedulers import (
 )
 
 from jobs.entry import LOGGER
-from jobs.search_config import SchedulerConfig
-from jobs.search_journal import Generation, TrialRecord
-from jobs.search_plan import Search, told
-from jobs.search_space import explore
+from jobs.search.config import SchedulerConfig
+from jobs.search.journal import Generation, TrialRecord
+from jobs.search.plan import Search, told
+from jobs.search.space import explore
 
 _TIME = "epoch"
 

@@ -14,10 +14,10 @@ import numpy as np
 import optuna
 
 from cvft.errors import ConfigError
-from jobs.search_config import SearchConfig
-from jobs.search_journal import TrialRecord
-from jobs.search_parameter import ParameterConfig
-from jobs.search_space import Space, Values
+from jobs.search.config import SearchConfig
+from jobs.search.journal import TrialRecord
+from jobs.search.parameter import ParameterConfig
+from jobs.search.space import Space, Values
 from pipeline.search import Value
 
 _TRIES = 100

@@ -23,12 +23,12 @@ from ray.tune.stopper import Stopper
 
 from cvft.configuration import to_plain
 from cvft.errors import ClusterError
-from jobs.search_clock import Clock
-from jobs.search_events import Events, Unpickled, close_runs
-from jobs.search_journal import trial_name
-from jobs.search_plan import Search
-from jobs.search_scheduler import scheduler_of
-from jobs.trial import TrialSettings, run_trial
+from jobs.search.clock import Clock
+from jobs.search.events import Events, Unpickled, close_runs
+from jobs.search.journal import trial_name
+from jobs.search.plan import Search
+from jobs.search.scheduler import scheduler_of
+from jobs.search.trial import TrialSettings, run_trial
 from pipeline.storage import Store
 
 

@@ -18,10 +18,10 @@ from jobs.ablation import TrialSpec, run_trials
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
-from jobs.search_journal import TrialRecord
-from jobs.search_plan import Search
-from jobs.search_scheduler import rungs
-from jobs.trial import read_run
+from jobs.search.journal import TrialRecord
+from jobs.search.plan import Search
+from jobs.search.scheduler import rungs
+from jobs.search.trial import read_run
 from pipeline.ablation import Trial, VariantSummary, summarise
 from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay

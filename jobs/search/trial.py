@@ -31,8 +31,8 @@ from jobs.entry import log_to_stderr
 from jobs.progress import Metrics, read_history
 from jobs.ray_train import train_on_ray
 from jobs.saving import checkpoints_of, newest_of
-from jobs.search_journal import TRIALS, trial_name
-from jobs.search_space import with_values
+from jobs.search.journal import TRIALS, trial_name
+from jobs.search.space import with_values
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name, fetch
 from pipeline.manifest import Manifest

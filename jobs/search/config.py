@@ -13,11 +13,11 @@ from typing import Literal
 from cvft.configuration import parse, require
 from cvft.errors import ConfigError
 from jobs.config import ExperimentConfig, load, read_specification
-from jobs.search_parameter import ParameterConfig
-from jobs.search_space import Space
+from jobs.search.parameter import ParameterConfig
+from jobs.search.space import Space
 from pipeline.ablation import RECALLS
 
-SEARCHES = Path(__file__).parent / "searches"
+SEARCHES = Path(__file__).parent.parent / "searches"
 # What population-based training changes under weights that stay: nothing that the network or the order of pairs is
 # made of.
 _MUTABLE = ("train.loss.", "train.optimizer.", "train.augment.")

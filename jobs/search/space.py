@@ -21,7 +21,7 @@ from cvft.configuration import dotted_keys, dotted_values, parse, require, to_pl
 from cvft.errors import ConfigError
 from jobs.config import ExperimentConfig
 from jobs.run_file import FREE_KEYS
-from jobs.search_parameter import ParameterConfig, same
+from jobs.search.parameter import ParameterConfig, same
 from pipeline.search import Parameter, Value
 
 Values = dict[str, Value]

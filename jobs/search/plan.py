@@ -11,12 +11,12 @@ from cvft.configuration import to_plain
 from jobs.config import ExperimentConfig
 from jobs.progress import History
 from jobs.saving import checkpoints_of
-from jobs.search_clock import Clock
-from jobs.search_config import SearchConfig
-from jobs.search_draw import Searcher
-from jobs.search_journal import Generation, Journal, TrialRecord
-from jobs.search_space import Space
-from jobs.trial import trial_config
+from jobs.search.clock import Clock
+from jobs.search.config import SearchConfig
+from jobs.search.draw import Searcher
+from jobs.search.journal import Generation, Journal, TrialRecord
+from jobs.search.space import Space
+from jobs.search.trial import trial_config
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from jobs.search_config import BudgetConfig
-from jobs.search_journal import Journal
+from jobs.search.config import BudgetConfig
+from jobs.search.journal import Journal
 
 _HOUR_S = 3600.0
 
