@@ -78,8 +78,9 @@ class TrainConfig:
         chunk_size: Pairs that a worker holds in memory at a time; the same gradients for one more forward pass. Null
             means all of its pairs.
         precision: `bfloat16` trains the trunks in it; all else, and every evaluation, is float32.
-        workers: Ray Train workers; 1 trains in this process without Ray. A list `[min, max]` is elastic: as many as the
-            cluster has room for, fewer when nodes are lost and more when some are added.
+        workers: Ray Train workers; 1 trains in this process, or on a node of the cluster that RAY_ADDRESS names. A list
+            `[min, max]` is elastic: as many as the cluster has room for, fewer when nodes are lost and more when some
+            are added.
         use_gpu: Give each worker a GPU.
         node_labels: Labels of the cluster's nodes that workers run on: `{ray.io/node-group: gpu}`.
         evaluate_every: Evaluate and save a checkpoint each so many epochs, and after the last one.

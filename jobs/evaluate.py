@@ -12,7 +12,7 @@ from typing import Any
 
 from cvft.augment import AugmentConfig
 from cvft.errors import ConfigError
-from jobs import entry
+from jobs import entry, metrics
 from jobs.cluster import on_a_node
 from jobs.config import read_overrides
 from jobs.node_labels import add_node_label, parse_labels
@@ -44,6 +44,20 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="preprocess.key=value", help="change the input preparation")
 
 
+class EmbeddingProgress:
+    """Tells how many pairs of a split are embedded."""
+
+    def __init__(self) -> None:
+        self._line = entry.Progress("embedding")
+        self._num_told = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell it, as often as a terminal or a log wants to know."""
+        metrics.add("cvft_evaluate_pairs", done - self._num_told)
+        self._num_told = done
+        self._line(done, total)
+
+
 def run(arguments: argparse.Namespace) -> Evaluation:
     """Evaluate as the arguments say."""
     overrides = read_overrides(arguments.overrides)
@@ -68,11 +82,13 @@ def run(arguments: argparse.Namespace) -> Evaluation:
         view_seed=arguments.view_seed,
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
+        progress=EmbeddingProgress(),
     )
 
 
 def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str | None]:
     """Evaluate where this is called; return the result, a table for people, and why leaks are unknown if they are."""
+    entry.log_to_stderr()  # a node's process has not been told yet
     found = run(arguments)
     result = {
         **found.metrics(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cvft.configuration import dotted_values, to_plain
 from cvft.errors import CheckpointError
+from jobs.entry import Progress
 from pipeline.bootstrap import IntArray
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
 from pipeline.latency import device_text, ground_times_ms, median_ratio
@@ -97,8 +98,9 @@ def measure_versions(
             hit_distance_m=protocol.hit_distance_m,
             batch_size=protocol.batch_size,
             num_threads=protocol.num_threads,
+            progress=Progress(f"version {version.version}"),
         )
-        for path in files
+        for version, path in zip(versions, files, strict=True)
     ]
     times_ms = ground_times_ms([(found.model, found.preprocess) for found in evaluations], evaluations[0].device)
     measured = [

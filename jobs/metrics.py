@@ -43,6 +43,7 @@ METRICS: dict[str, tuple[Kind, tuple[str, ...], str]] = {
     "cvft_cache_bytes": ("counter", ("run", "world_rank"), "Bytes of those"),
     "cvft_cache_evictions": ("counter", ("run", "world_rank"), "Shards removed to make room"),
     "cvft_cache_dropped": ("counter", ("run", "world_rank"), "Damaged shards that were fetched again"),
+    "cvft_evaluate_pairs": ("counter", (), "Pairs that `evaluate` embedded"),
     "cvft_shard_pairs": ("counter", (), "Pairs in shards that this job finished"),
     "cvft_shard_bytes": ("counter", (), "Bytes of shards that this job wrote"),
     "cvft_shard_retries": ("counter", (), "Tasks that were tried again"),

@@ -16,7 +16,7 @@ from cvft.checkpoint import read_info
 from cvft.distributed import alone
 from cvft.errors import CvftError
 from jobs.config import ExperimentConfig
-from jobs.entry import LOGGER
+from jobs.entry import LOGGER, Progress
 from jobs.progress import History, read_history
 from jobs.report import write_report
 from jobs.saving import checkpoints_of, newest_of
@@ -82,6 +82,7 @@ def draw(config: ExperimentConfig, run: Run, *, device: torch.device) -> tuple[l
         batch_size=config.train.batch_size,
         num_threads=config.data.num_threads,
         device=device,
+        progress=Progress("embedding for the pictures"),
     )
     store = _store(config)
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,6 +8,7 @@ The run's name decides where it lives: the same name and configuration continues
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -58,7 +59,7 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     try:
         if _is_finished(config):
             entry.LOGGER.info("run %s is up to date: there is nothing left to train", config.name)
-        elif config.train.max_workers == 1:
+        elif _is_here(config):
             device = torch.device("cuda" if config.train.use_gpu else "cpu")
             store = Store.from_uri(config.folder)
             guard = attempts.claim(store, attempts.begin_attempt(store)).check
@@ -97,13 +98,18 @@ def register(config: ExperimentConfig, run: Run, result: dict[str, Any], *, data
     return {"model": f"models:/{name}@{alias}", "version": version}
 
 
+def _is_here(config: ExperimentConfig) -> bool:
+    """Tell whether this process trains by itself; a cluster has nodes for it, where one worker is enough too."""
+    return config.train.max_workers == 1 and not os.environ.get("RAY_ADDRESS")
+
+
 def _check(config: ExperimentConfig, manifest: Manifest) -> None:
     """Refuse what cannot work before anything is written."""
     for split in (config.data.train_split, config.data.eval_split):
         manifest.split(split)
     require_positions(manifest, config.data.eval_split, hit_distance_m=config.data.hit_distance_m)
     check_profile(config.preprocess, manifest.profile, where=manifest.uri)
-    if config.train.use_gpu and config.train.max_workers == 1 and not torch.cuda.is_available():
+    if config.train.use_gpu and _is_here(config) and not torch.cuda.is_available():
         raise ClusterError("train.use_gpu: this machine has no GPU that torch can use; set train.use_gpu=false")
     backbone = config.model.backbone
     if backbone.weights is None and backbone.num_frozen_blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from pipeline.dataset import PairDataset
 from pipeline.leaks import Leaks, find_leaks
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +185,7 @@ def evaluate_checkpoint(
     num_threads: int = 2,
     cache: Path | None = None,
     device: torch.device | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Embed a split with a checkpoint's network and rank every ground image's own aerial image.
 
@@ -200,6 +203,7 @@ def evaluate_checkpoint(
         num_threads: Decoding threads.
         cache: Folder beside which copies of remote checkpoints are kept; shards of a remote store are not copied.
         device: Where to embed; by default on a GPU if there is one.
+        progress: Called after each batch with the numbers of pairs embedded and of all.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or trained with other preprocessing.
@@ -209,15 +213,13 @@ def evaluate_checkpoint(
         StoreError: A store cannot be reached.
     """
     directory = fetch(checkpoint, cache=(cache or default_cache()).parent)
-    trained_with = read_info(directory).preprocess
-    preprocess = parse(PreprocessConfig, {**to_plain(trained_with), **(preprocess_changes or {})}, prefix="preprocess")
+    preprocess = _preprocess(read_info(directory), preprocess_changes or {})
     model, info = load_model(directory, preprocess=preprocess, allow_other_preprocess=allow_other_preprocess)
     dataset = PairDataset(Manifest.load(manifest), split, access="sparse")
-    require_positions(dataset.manifest, split, hit_distance_m=hit_distance_m)
-    queries = Queries.of_split(dataset.manifest, split, train_split=train_split)
+    queries = _queries(dataset.manifest, split, train_split=train_split, hit_distance_m=hit_distance_m)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _batches(dataset, preprocess=preprocess, batch_size=batch_size, num_threads=num_threads)
-    seen = _changed(prefetch(batches, device), Augment(view or AugmentConfig(), preprocess), seed=view_seed)
+    seen = _told(_changed(prefetch(batches, device), view, preprocess, view_seed), progress, num_pairs=len(dataset))
     found = embed(model.to(device), seen, preprocess=Preprocess(preprocess), num_pairs=len(dataset))
     return Evaluation(
         model=model,
@@ -230,8 +232,30 @@ def evaluate_checkpoint(
     )
 
 
-def _changed(batches: Iterable[Batch], augment: Augment, *, seed: int) -> Iterator[Batch]:
+def _queries(manifest: Manifest, split: str, *, train_split: str, hit_distance_m: float | None) -> Queries:
+    require_positions(manifest, split, hit_distance_m=hit_distance_m)
+    return Queries.of_split(manifest, split, train_split=train_split)
+
+
+def _preprocess(info: CheckpointInfo, changes: dict[str, Any]) -> PreprocessConfig:
+    return parse(PreprocessConfig, {**to_plain(info.preprocess), **changes}, prefix="preprocess")
+
+
+def _changed(
+    batches: Iterable[Batch], view: AugmentConfig | None, preprocess: PreprocessConfig, seed: int
+) -> Iterator[Batch]:
+    augment = Augment(view or AugmentConfig(), preprocess)
     return (augment.of_batch(batch, seed=seed, step=0) for batch in batches)
+
+
+def _told(batches: Iterable[Batch], progress: Progress | None, *, num_pairs: int) -> Iterator[Batch]:
+    """Tell of each batch once the next one is asked for: by then it is embedded."""
+    num_embedded = 0
+    for batch in batches:
+        yield batch
+        num_embedded += batch.num_valid
+        if progress is not None:
+            progress(num_embedded, num_pairs)
 
 
 def _batches(

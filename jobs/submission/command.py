@@ -63,8 +63,7 @@ class Submission:
     @property
     def num_cpus(self) -> float:
         """CPUs that the job's own process is given: none where Ray's tasks and workers do the work."""
-        is_alone = self.job == "train" and self.meaning["train"]["workers"] == 1
-        return 0.0 if self.job in _COORDINATORS and not is_alone else 1.0
+        return 0.0 if self.job in _COORDINATORS else 1.0
 
     def attempt(self, number: int) -> str:
         """Return the id of the attempt with this number, from 1 on."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ray
 import safetensors.torch
 import torch
 
@@ -22,6 +23,15 @@ def _weights(checkpoint):
 def _newest(result):
     folder = Path(result["checkpoint"]).parent
     return folder / sorted(path.name for path in folder.iterdir())[-1]
+
+
+@pytest.fixture
+def one_thread():
+    """As many as a worker on a CPU has: the order of sums, and so the last bit, hangs on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _main(module, arguments, capfd):
@@ -110,6 +120,18 @@ def test_two_ray_workers_train_what_one_process_trains(tiny, ray_cluster, manife
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_one_worker_of_a_cluster_trains_what_this_process_trains(tiny, ray_cluster, one_thread, monkeypatch):
+    here = train.train(tiny("name=here", "train.num_epochs=2"))
+    monkeypatch.setattr(train.worker, "train", lambda *_, **__: pytest.fail("trained in the driver"))
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    there = train.train(tiny("name=there", "train.num_epochs=2"))
+    assert there["recall_at_1"] == here["recall_at_1"]
+    for name, tensor in _weights(_newest(here)).items():
+        assert torch.equal(_weights(_newest(there))[name], tensor), name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_workers_data_error_ends_the_job_as_the_users_error(tiny, ray_cluster, manifest_uri, tmp_path):
     store = Path(manifest_uri).parent.parent
     damaged = tmp_path / "damaged"
@@ -133,6 +155,7 @@ def test_evaluate_and_report_from_the_command_line(tiny, manifest_uri, tmp_path,
         code, measured, _ = _main(evaluate, where, capfd)
     assert (code, measured["recall_at_1"], measured["chance"]) == (0, result["recall_at_1"], result["chance"])
     assert "R@10" in caplog.text
+    assert "embedding: 4/4 pairs" in caplog.text
     code, made, _ = _main(report, [*where, "--out", str(tmp_path / "report")], capfd)
     assert code == 0
     assert "<html" in Path(made["report"]).read_text()

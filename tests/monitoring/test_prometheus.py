@@ -72,6 +72,9 @@ def seen(cluster: Cluster, prometheus: Prometheus, tmp_path_factory: pytest.Temp
     train = _start(cluster, "train", "--config", "town", "name=watched", *data, *tracking, *TINY)
     _kill_a_training_worker(cluster, prometheus)
     _finish(train)
+    (best, *_) = sorted((folder / "runs/watched/checkpoints").iterdir())
+    measured = ["--checkpoint", str(best), "--manifest", "s3://cvft/town", "--batch-size", "4", "--threads", "1"]
+    _finish(_start(cluster, "evaluate", *measured))
     time.sleep(3)  # one more scrape
     return Seen(begin_s=begin_s, end_s=time.time(), num_killed=1)
 
@@ -96,6 +99,7 @@ def test_every_panel_has_data(prometheus, seen):
 def test_the_numbers_are_those_of_the_jobs(prometheus, seen):
     of = dict(reversed(files.targets()))
     assert max(_values(prometheus, "max(ray_cvft_shard_shards_done)", seen)) > 20
+    assert max(_values(prometheus, "sum(ray_cvft_evaluate_pairs_total)", seen)) == 40
     assert max(_values(prometheus, of["Restarts"], seen)) == seen.num_killed
     assert max(_values(prometheus, "ray_cvft_train_epoch", seen)) == 24
     assert 0 < max(_values(prometheus, of["Recall by epoch"], seen)) <= 1
