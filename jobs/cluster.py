@@ -38,7 +38,7 @@ def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[No
     if address:
         LOGGER.info("joining the Ray cluster at %s", address)
         try:
-            ray.init()
+            ray.init(configure_logging=False)
         except ConnectionError as error:
             reason = " ".join(str(error).split())
             raise ClusterError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {reason}") from error

@@ -21,6 +21,7 @@ from jobs import entry
 from jobs.config import read_overrides, read_yaml
 from jobs.measuring import MeasuredVersion, Protocol, comparison_table, measure_versions, notes_on
 from jobs.registering import CANDIDATE, find_candidate, origin_of
+from jobs.tracking_config import default_uri
 from pipeline.model_card import model_card
 from pipeline.model_facts import Comparison, describe
 from pipeline.promotion import GateConfig, decide
@@ -188,7 +189,7 @@ def load_gate(name: str, overrides: list[str] | None = None) -> GateConfig:
 def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which registered model is meant, and where it is."""
     parser.add_argument("--name", default="cvft", help="registered model (default: cvft)")
-    parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db", help="where MLflow keeps it")
+    parser.add_argument("--tracking-uri", default=default_uri(), help="where MLflow keeps it (default: %(default)s)")
     parser.add_argument("--alias", default=CHAMPION, help=f"which alias is meant (default: {CHAMPION})")
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
+import warnings
 from typing import Any
 
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution import context as execution_context
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup
 
@@ -124,9 +127,17 @@ def _raise_what_ended_it(store: Store, attempt: str) -> None:
         raise TrainingError(json.loads(store.read_bytes(_USER_ERROR_FILE))["message"])
 
 
+def _log_what_is_ours() -> None:
+    log_to_stderr()
+    # Ray would print all metrics of each evaluation, on each rank; it names this logger by its file.
+    logging.getLogger(execution_context.__file__).setLevel(logging.WARNING)
+    # Of kernels of one pixel, whose two strides mean the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
 def _run_worker(settings: dict[str, Any]) -> str:
     """Train as one Ray Train worker; return why it left, "" where the training is over."""
-    log_to_stderr()
+    _log_what_is_ours()
     config = parse(ExperimentConfig, settings["config"])
     run = Run(**settings["run"])
     store = Store.from_uri(config.folder)

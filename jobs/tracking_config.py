@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 from cvft.configuration import require
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def default_uri() -> str:
+    """Return the tracking URI where none is named: that of MLflow's own variable, else a file in this folder."""
+    return os.environ.get(URI_VARIABLE) or "sqlite:///mlflow.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +20,8 @@ class TrackingConfig:
     """Where MLflow keeps runs and models.
 
     Attributes:
-        uri: Tracking URI; relative sqlite paths are relative to the working directory.
+        uri: Tracking URI, by default MLFLOW_TRACKING_URI or `sqlite:///mlflow.db`; relative sqlite paths are relative
+            to the working directory.
         experiment: Experiment's name.
         log_every_steps: Number of steps whose means go to MLflow together.
         pictures: Whether a training draws its report at its end, into `report/` of its folder and into MLflow.
@@ -20,7 +29,7 @@ class TrackingConfig:
         alias: Alias that is moved to it; which version is `champion` is decided by `promote` alone.
     """
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: str = field(default_factory=default_uri)
     experiment: str = "cvft"
     log_every_steps: int = 10
     pictures: bool = True

@@ -27,7 +27,11 @@ _BUCKETS = itertools.count()
 
 
 def pytest_configure() -> None:
-    """Hypothesis fails an example that takes longer than 0.2 s by itself: on a busy machine any does."""
+    """Keep this machine's MLflow and this machine's speed out of the tests.
+
+    Hypothesis fails an example that takes longer than 0.2 s by itself: on a busy machine any does.
+    """
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     if importlib.util.find_spec("hypothesis"):
         from hypothesis import HealthCheck, settings  # noqa: PLC0415
 

@@ -2,7 +2,7 @@
 # One machine that behaves as many: a Ray head with a real autoscaler whose nodes are processes here, an object store
 # (Ceph's S3 gateway) and an MLflow server, on 127.0.0.1.
 #
-#   infra/local/cluster.sh start DIR    # prints addresses as `export KEY=value`; about a minute
+#   infra/local/cluster.sh start DIR    # prints addresses as `export KEY=value`; about a minute; a bucket `cvft` is there
 #   infra/local/cluster.sh status DIR   # what runs
 #   infra/local/cluster.sh stop DIR     # ends all of it, each process by its number; DIR can be deleted then
 #
@@ -18,7 +18,7 @@
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-readonly HERE WAIT_S=90 MARK=CVFT_CLUSTER_DIR HEAD_ID=fffffffffffffffffffffffffffffffffffffffffffffffffff00000
+readonly HERE BUCKET=cvft WAIT_S=90 MARK=CVFT_CLUSTER_DIR HEAD_ID=fffffffffffffffffffffffffffffffffffffffffffffffffff00000
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=$HERE/../../.venv/bin/python
   [[ -x $PYTHON ]] || PYTHON=$(command -v python3)
@@ -72,6 +72,10 @@ start() {  # dir
   fi
   # shellcheck disable=SC1091  # written above
   source "$dir/exports"
+  if has store; then
+    "$PYTHON" -c 'import sys, boto3; boto3.client("s3").create_bucket(Bucket=sys.argv[1])' "$BUCKET" ||
+      fail "the store does not make the bucket $BUCKET; see $dir/store"
+  fi
   if has mlflow; then
     PORT=$MLFLOW_PORT PYTHON=$PYTHON "$HERE/../mlflow/server.sh" start "$dir/mlflow" |
       grep '^export MLFLOW_TRACKING_URI=' >>"$dir/exports"
@@ -80,7 +84,7 @@ start() {  # dir
   source "$dir/exports"
   if has ray; then prepare_head "$dir"; start_head "$dir"; fi
   trap - EXIT
-  cat "$dir/exports"
+  status "$dir"
 }
 
 prepare_head() {  # dir
@@ -107,7 +111,8 @@ start_head() {  # dir
   (
     # shellcheck disable=SC1091
     source "$1/exports"
-    unset RAY_API_SERVER_ADDRESS RAY_ADDRESS
+    unset RAY_API_SERVER_ADDRESS
+    export RAY_ADDRESS=127.0.0.1:$RAY_PORT  # Ray Train asks again where it runs, and finds every Ray of this machine
     export $MARK="$1" RAY_USAGE_STATS_ENABLED=0
     if [[ $NODES != none ]]; then
       export RAY_FAKE_CLUSTER=1 AUTOSCALER_UPDATE_INTERVAL_S=1 RAY_enable_autoscaler_v2=1
@@ -174,10 +179,15 @@ status() {  # dir
   local pid
   [[ -e $1/exports ]] || fail "$1: nothing was started here"
   cat "$1/exports"
+  # shellcheck disable=SC1091  # what was printed
+  source "$1/exports"
+  if [[ -d $1/store ]]; then echo "# store: s3://$BUCKET at $AWS_ENDPOINT_URL"; fi
+  if [[ -n ${MLFLOW_TRACKING_URI:-} ]]; then echo "# MLflow: open $MLFLOW_TRACKING_URI"; fi
   if [[ -e $1/head.pid ]] && pid=$(<"$1/head.pid") && belongs "$pid" "$1"; then
-    echo "# head: process $pid, $(processes "$1" | wc -l) processes of Ray"
+    echo "# Ray: open $RAY_API_SERVER_ADDRESS; the head is process $pid, one of $(processes "$1" | wc -l)"
+    if [[ -e $1/token ]]; then echo "# it asks for the token in $1/token"; fi
   else
-    echo "# head: not running"
+    echo "# Ray: its head does not run"
   fi
 }
 

@@ -22,6 +22,7 @@ from typing import Any
 from cvft.configuration import dotted_values
 from cvft.errors import ConfigError
 from jobs import entry
+from jobs.tracking_config import URI_VARIABLE
 
 _PLACES = ("root", "store", "manifest", "checkpoint", "output", "out", "json", "html", "fix_list", "weights", "uri")
 """Arguments and keys that name a folder, a file or a URI which the job's processes must reach."""
@@ -152,13 +153,15 @@ def _check_files(submission: Submission, working_dir: Path | None, names: Sequen
 def environment(patterns: Sequence[str]) -> dict[str, str]:
     """Return the variables that a job is given besides those of its node.
 
+    MLFLOW_TRACKING_URI is one of them where it is set here: what the arguments mean was read with it.
+
     Args:
         patterns: `NAME=value`, `NAME` for the value it has here, or a pattern of such names: `AWS_*`.
 
     Raises:
         ConfigError: No variable here has such a name.
     """
-    chosen: dict[str, str] = {}
+    chosen = {name: os.environ[name] for name in (URI_VARIABLE,) if os.environ.get(name)}
     for pattern in patterns:
         name, separator, value = pattern.partition("=")
         found = {name: value} if separator else {key: os.environ[key] for key in fnmatch.filter(os.environ, name)}

@@ -83,6 +83,16 @@ def test_a_relative_path_is_refused_because_it_would_lie_in_the_jobs_copy_of_the
         check_places(asked(*command), working_dir=None, names=[])
 
 
+def test_mlflows_own_variable_says_where_runs_go_and_reaches_the_job(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    by_variable = asked(*TRAIN)
+    assert environment([]) == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert environment(["MLFLOW_TRACKING_URI=http://other"]) == {"MLFLOW_TRACKING_URI": "http://other"}
+    assert check_places(by_variable, working_dir=None, names=[]) == []
+    assert by_variable.digest == asked(*TRAIN, HTTP).digest
+    assert asked(*TRAIN, "tracking.uri=http://elsewhere").meaning["tracking"]["uri"] == "http://elsewhere"
+
+
 def test_absolute_paths_are_named_and_uris_are_not():
     submission = asked("evaluate", "--checkpoint", "s3://bucket/c", "--manifest", "/shared/store")
     assert check_places(submission, working_dir=None, names=[]) == ["manifest=/shared/store"]
