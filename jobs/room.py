@@ -56,6 +56,11 @@ def await_room(
         remove_placement_group(group)
 
 
+def can_add_nodes() -> bool:
+    """Tell whether the cluster that this process is connected to has an autoscaler."""
+    return _Status.now().has_autoscaler
+
+
 @dataclass(frozen=True)
 class _Wanted:
     number: int

@@ -111,7 +111,8 @@ class SearchTrialConfig:
         cpus: CPUs of each worker.
         gpus: GPUs of each worker; a fraction shares one; 0 trains on the CPU.
         threads: Threads that torch computes with in each worker on the CPU.
-        max_concurrent: Trials at a time, at most; none is as many as there is room for.
+        max_concurrent: Trials at a time, at most; none is as many as there is room for. A cluster with an autoscaler is
+            asked for the nodes of all of them at once, and with none for one trial's after the other.
         max_failures: Times that a trial is tried again after a worker was lost or failed; not after a user's error, and
             not after a loss that is not finite.
     """

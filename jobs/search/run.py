@@ -23,6 +23,7 @@ from ray.tune.stopper import Stopper
 
 from cvft.configuration import to_plain
 from cvft.errors import ClusterError
+from jobs.room import can_add_nodes
 from jobs.search.clock import Clock
 from jobs.search.events import Events, Unpickled, close_runs
 from jobs.search.journal import trial_name
@@ -69,7 +70,11 @@ def _fit(search: Search, events: Events, local: str) -> None:
     def train_trial(config: dict[str, Any]) -> None:
         run_trial(settings, config["trial"])
 
-    most = _most_at_a_time(search)
+    can_grow = bool(os.environ.get("RAY_ADDRESS")) and can_add_nodes()
+    most = _most_at_a_time(search, can_grow=can_grow)
+    # Tune asks for one trial's room after the other, and with it for one node; here for all that the search may have.
+    num_asked = trial.max_concurrent if can_grow else None
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(num_asked or "auto")
     search_alg = None
     space: dict[str, Any] = {}
     if search.is_population:  # all of it from the beginning
@@ -127,8 +132,8 @@ def _resources(search: Search) -> Any:
     return {"cpu": trial.cpus, "gpu": trial.gpus}
 
 
-def _most_at_a_time(search: Search) -> int | None:
-    """Return how many trials may train at a time: of several workers as many as find room together.
+def _most_at_a_time(search: Search, *, can_grow: bool) -> int | None:
+    """Return how many trials may train at a time: of several workers as many as find room together, or will.
 
     Raises:
         ClusterError: There is no room for one, in a cluster that will not grow.
@@ -141,8 +146,10 @@ def _most_at_a_time(search: Search) -> int | None:
         wanted = f"{trial.workers} x {trial.cpus} CPUs" + (f" and {trial.gpus:g} GPUs" if trial.gpus else "")
         has = f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
         raise ClusterError(f"trial: a trial wants {wanted}, this machine has {has}")
-    limits = [limit for limit in (trial.max_concurrent, max(1, room) if trial.workers > 1 else None) if limit]
-    return min(limits) if limits else None
+    if trial.max_concurrent and (can_grow or trial.workers == 1):
+        return trial.max_concurrent
+    room = max(1, room)
+    return min(trial.max_concurrent or room, room) if trial.workers > 1 else None
 
 
 class _Proposals(Unpickled, Searcher):  # type: ignore[misc]  # Ray has no types

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cvft.errors import ConfigError
+from cvft.errors import ClusterError, ConfigError
 from jobs import tune
 from jobs.config import load
+from jobs.search import run
 from jobs.search.clock import Clock
 from jobs.search.config import BudgetConfig, SchedulerConfig, base_of
 from jobs.search.end import in_words, winner
@@ -269,3 +270,28 @@ def test_a_folder_that_holds_another_search_is_refused_by_what_differs(tmp_path,
     (tmp_path / "tune.json").write_text(json.dumps({**about, "manifest_digest": "0" * 64}))
     with pytest.raises(ConfigError, match=r"begun here: manifest \w{16} \(was 0{16}\)"):
         enter(spec)
+
+
+@pytest.mark.parametrize(
+    ("trial", "cpus", "can_grow", "most"),
+    [
+        ({}, 3, False, None),
+        ({"max_concurrent": 2}, 3, False, 2),
+        ({"workers": 2}, 5, False, 2),
+        ({"workers": 2, "max_concurrent": 4}, 5, False, 2),
+        ({"workers": 2, "max_concurrent": 4}, 5, True, 4),
+        ({"workers": 2, "max_concurrent": 4}, 0, True, 4),
+        ({"workers": 2}, 0, True, 1),
+    ],
+)
+def test_as_many_trials_at_a_time_as_have_room_or_will_have(monkeypatch, trial, cpus, can_grow, most):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    assert run._most_at_a_time(SimpleNamespace(spec=spec_of(trial=trial)), can_grow=can_grow) == most
+
+
+def test_a_trial_that_this_machine_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ClusterError, match="a trial wants 4 x 1 CPUs, this machine has 2 CPUs and 0 GPUs"):
+        run._most_at_a_time(SimpleNamespace(spec=spec_of(trial={"workers": 4})), can_grow=False)
