@@ -106,7 +106,20 @@ prepare_head() {  # dir
 }
 
 start_head() {  # dir
-  local deadline size
+  local tries
+  for tries in 1 2 3; do
+    run_head "$1"
+    if await_head "$1"; then return; fi
+    # On a busy machine Ray's parts miss deadlines of their own.
+    if ! grep -v '^$' "$1/head.log" | tail -n 1 | grep -q 'timed out during startup' || ((tries == 3)); then
+      fail "the head ended; see $1/head.log: $(grep -v '^$' "$1/head.log" | tail -n 1)"
+    fi
+    stop_ray "$1"
+  done
+}
+
+run_head() {  # dir
+  local size
   size=(--num-cpus 2)
   (
     # shellcheck disable=SC1091
@@ -136,9 +149,12 @@ start_head() {  # dir
       </dev/null >>"$1/head.log" 2>&1 &
     echo $! >"$1/head.pid"
   )
-  deadline=$((SECONDS + WAIT_S))
+}
+
+await_head() {  # dir: false if it ended
+  local deadline=$((SECONDS + WAIT_S))
   until is_open "$DASHBOARD_PORT"; do
-    kill -0 "$(<"$1/head.pid")" 2>/dev/null || fail "the head ended; see $1/head.log: $(grep -v '^$' "$1/head.log" | tail -n 1)"
+    kill -0 "$(<"$1/head.pid")" 2>/dev/null || return 1
     ((SECONDS < deadline)) || fail "the head's dashboard does not listen on port $DASHBOARD_PORT; see $1/head.log"
     sleep 0.2
   done
@@ -196,6 +212,12 @@ head_again() {  # dir
   [[ -e $1/settings ]] || fail "$1: no head was started here"
   # shellcheck disable=SC1091
   source "$1/settings"
+  local deadline=$((SECONDS + WAIT_S)) port
+  for port in "$RAY_PORT" "$DASHBOARD_PORT"; do  # what was killed may take a moment to go
+    while is_open "$port" && ((SECONDS < deadline)); do sleep 0.2; done
+  done
+  need_free RAY_PORT "$RAY_PORT"
+  rm -f "$1/ray/ray_current_cluster"  # beside a node that lives on, Ray would take the head for one that is there
   start_head "$1"
 }
 
