@@ -76,11 +76,18 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
     _raise_what_ended_it(store, attempt)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Ray's own would end an interrupted training with exit code 0 or 1: here Ctrl-C is Python's, as in every job."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Leave things as they are; the controller and its workers end with this process, or its Ray."""
+
+
 def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
     """Train until it is over or the workers leave; return why they left, "" where it is over."""
     filesystem, path = Store.from_uri(config.folder).arrow
     train = config.train
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _run_worker,
         train_loop_config={"config": to_plain(config), **settings},
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),

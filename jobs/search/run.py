@@ -44,6 +44,7 @@ def run_search(search: Search) -> None:
     if search.has_work:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table is ours
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end an interrupted search as one that is done
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed reports no recall
         os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the reason is told in one line

@@ -1,0 +1,52 @@
+"""Ctrl-C ends every job alike: one line, exit code 130, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.jobs.conftest import NO_PICTURES, TINY
+
+LINE = "cvft {}: interrupted; the same command continues where it can"
+
+
+def interrupt(job, arguments, *, seen):
+    """Begin a job, send it SIGINT once its log says so, and return its exit code and what it said after that."""
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        for line in running.stderr:
+            if seen in line:
+                break
+        running.send_signal(signal.SIGINT)
+        _, rest = running.communicate(timeout=300)
+    return running.returncode, rest
+
+
+def test_a_job_without_ray(tmp_path):
+    code, rest = interrupt(
+        "synthesize", ["--out", str(tmp_path), "--pairs", "5000", "--workers", "1"], seen="rendering"
+    )
+    assert (code, rest.splitlines()[-1]) == (130, LINE.format("synthesize"))
+    assert "Traceback" not in rest
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("job", "how", "seen"),
+    [
+        ("train", ["--config", "town", "train.workers=2"], "epoch 1/"),
+        ("tune", ["--spec", "town", "--trials", "2"], "epoch"),
+    ],
+)
+def test_a_job_that_ray_would_end_in_its_own_way(job, how, seen, manifest_uri, tracking_uri, tmp_path):
+    places = [f"data.manifest={manifest_uri}", f"output={tmp_path}/runs"]
+    data = places if job == "train" else ["--out", str(tmp_path / "search"), "--manifest", manifest_uri]
+    settings = [*TINY, NO_PICTURES, f"tracking.uri={tracking_uri}", "train.num_epochs=2000"]
+    code, rest = interrupt(job, [*how, *data, *settings], seen=seen)
+    assert (code, rest.splitlines()[-1]) == (130, LINE.format(job))
+    assert "Traceback" not in rest
