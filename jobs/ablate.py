@@ -113,20 +113,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to all variants: train.num_epochs=4")
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _checked(arguments: argparse.Namespace) -> AblationConfig:
+    """Return what is compared; every configuration is resolved before the first pair is rendered."""
     spec = load_ablation(arguments.spec)
     if arguments.seeds is not None:
         spec = replace(spec, seeds=tuple(range(arguments.seeds)))
     if arguments.threads < 1:
         raise ConfigError(f"--threads {arguments.threads}: at least 1 is needed")
+    plan_trials(spec, manifest="unknown", out=str(arguments.out / "runs"), overrides=arguments.overrides)
+    return spec
+
+
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {**entry.plain(arguments), "ablation": to_plain(_checked(arguments))}
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    spec = _checked(arguments)
     out = arguments.out.absolute()
     runner: Runner = (
         Processes(arguments.processes)
         if arguments.processes is not None
         else OnRay(session=partial(ray_session, has_dashboard=False))
     )
-    # Every configuration is resolved before the first pair is rendered.
-    plan_trials(spec, manifest="unknown", out=str(out / "runs"), overrides=arguments.overrides)
     manifest = arguments.manifest or make_town(out, arguments.pairs, arguments.town_seed, runner)
     return ablate(
         spec,
@@ -144,6 +153,7 @@ JOB = entry.Job(
     example="cvft ablate --spec town --pairs 800 --out ablation",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

@@ -216,13 +216,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the preset: train.num_epochs=2")
 
 
-def _run(arguments: argparse.Namespace) -> Result:
+def _checked(arguments: argparse.Namespace) -> tuple[TownConfig, ExperimentConfig]:
     for override in arguments.overrides:
         if override.startswith(_OWN_PLACES):
             raise ConfigError(f"{override}: the demo keeps everything in --out; name a folder there")
     town = TownConfig(num_pairs=arguments.pairs, seed=arguments.seed)
     # The manifest is not there yet; the name is filled in when it is.
-    config = load("town", ["data.manifest=unknown", *arguments.overrides])
+    return town, load("town", ["data.manifest=unknown", *arguments.overrides])
+
+
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    _checked(arguments)
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> Result:
+    town, config = _checked(arguments)
     return demo(arguments.out.absolute(), town=town, config=config)
 
 
@@ -232,6 +241,7 @@ JOB = entry.Job(
     example="cvft demo --out demo",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

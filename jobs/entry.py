@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from errno import ENOSPC
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cvft.errors import CvftError, StoreError
+from jobs.submission.record import keep_result
 
 LOGGER = logging.getLogger("cvft")
 LINE_INTERVAL_S = 10.0
@@ -38,7 +40,7 @@ class Job:
         add_arguments: Declares the arguments.
         run: Does the work and returns the result, which must be plain JSON data.
         resolve: Returns what the arguments mean as plain data and refuses what is wrong with them, without touching
-            data, stores or clusters; none takes the arguments as they are. See `jobs.submission`.
+            data, stores or clusters: `plain` where the parser refuses all that can be. See `jobs.submission`.
         takes_command: Everything from the first argument without a dash on is the command of another job.
     """
 
@@ -47,7 +49,7 @@ class Job:
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]
-    resolve: Callable[[argparse.Namespace], dict[str, Any]] | None = None
+    resolve: Callable[[argparse.Namespace], dict[str, Any]]
     takes_command: bool = False
 
 
@@ -94,10 +96,17 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
             raise  # a fault of ours: Python prints the traceback and exits with 1
         sys.stderr.write(f"cvft {job.name}: error: {' '.join(str(user_error).split())}\n")
         if isinstance(user_error, FailedResultError):
-            sys.stdout.write(json.dumps(user_error.result) + "\n")
+            _give(user_error.result)
         return 2
-    sys.stdout.write(json.dumps(result) + "\n")
+    _give(result)
     return 0
+
+
+def _give(result: dict[str, Any]) -> None:
+    """Print the result, and keep it where it outlives the log of a job on a cluster."""
+    with _stdout_to_stderr():
+        keep_result(result)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 def parse_arguments(job: Job, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -111,6 +120,13 @@ def parse_arguments(job: Job, argv: Sequence[str] | None = None) -> argparse.Nam
     job.add_arguments(parser)
     # Overrides may stand on either side of an option.
     return parser.parse_args(argv) if job.takes_command else parser.parse_intermixed_args(argv)
+
+
+def plain(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as they are; overrides as what they set, in no order."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    overrides = (text.partition("=") for text in values.get("overrides", ()))
+    return values | {"overrides": {key: value for key, _, value in overrides}}
 
 
 def find_user_error(error: BaseException) -> CvftError | None:

@@ -58,8 +58,12 @@ class EmbeddingProgress:
         self._line(done, total)
 
 
-def run(arguments: argparse.Namespace) -> Evaluation:
-    """Evaluate as the arguments say."""
+def checked(arguments: argparse.Namespace) -> tuple[dict[str, Any], AugmentConfig]:
+    """Return changes to the preprocessing, and how queries are seen.
+
+    Raises:
+        ConfigError: An argument is refused.
+    """
     overrides = read_overrides(arguments.overrides)
     if unknown := sorted(overrides.keys() - {"preprocess"}):
         raise ConfigError(f"{unknown[0]}: only preprocess.* can be changed here; the rest is the checkpoint's own")
@@ -68,6 +72,13 @@ def run(arguments: argparse.Namespace) -> Evaluation:
         raise ConfigError(f"preprocess: expected preprocess.key=value, got preprocess={changes!r}")
     if arguments.view_seed < 0:
         raise ConfigError(f"--view-seed {arguments.view_seed}: must not be negative")
+    fov_deg = (arguments.fov, arguments.fov)
+    return changes, AugmentConfig(fov_deg=fov_deg, is_orientation_unknown=arguments.unknown_orientation)
+
+
+def run(arguments: argparse.Namespace) -> Evaluation:
+    """Evaluate as the arguments say."""
+    changes, view = checked(arguments)
     return evaluate_checkpoint(
         arguments.checkpoint,
         arguments.manifest,
@@ -76,9 +87,7 @@ def run(arguments: argparse.Namespace) -> Evaluation:
         hit_distance_m=arguments.hit_distance,
         preprocess_changes=changes,
         allow_other_preprocess=arguments.allow_other_preprocess,
-        view=AugmentConfig(
-            fov_deg=(arguments.fov, arguments.fov), is_orientation_unknown=arguments.unknown_orientation
-        ),
+        view=view,
         view_seed=arguments.view_seed,
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
@@ -110,6 +119,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_evaluation_arguments(parser)
     parser.add_argument("--use-gpu", action="store_true", help="on a cluster, take a node with a GPU")
     add_node_label(parser)
+
+
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    checked(arguments)
+    parse_labels(arguments.node_label, option="--node-label")
+    return entry.plain(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,6 +167,7 @@ JOB = entry.Job(
     " --manifest $(ls demo/shards/manifests/*.parquet)",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

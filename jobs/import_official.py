@@ -33,6 +33,7 @@ JOB = entry.Job(
     example="cvft import_official --checkpoint CVUSA/model.ckpt --out official",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=entry.plain,
 )
 
 if __name__ == "__main__":

@@ -28,13 +28,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the contact sheet: a .png, or a .html page with the numbers as well")
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path | None = arguments.out
     if out is not None and out.suffix not in _SUFFIXES:
         raise ConfigError(f"--out {out}: must end with one of {', '.join(_SUFFIXES)}")
     for name in ("shard", "split"):
         if out is None and getattr(arguments, name) is not None:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: says what --out shows; add --out sheet.html")
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
+    out: Path | None = arguments.out
     manifest = Manifest.load(arguments.manifest)
     statistics = manifest_statistics(manifest)
     _tell(statistics)
@@ -63,6 +69,7 @@ JOB = entry.Job(
     example="cvft inspect --manifest demo/shards --out sheet.html",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

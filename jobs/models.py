@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cvft.configuration import require
 from cvft.errors import ConfigError, StoreError
 from jobs import entry
-from jobs.promote import add_registry_arguments
+from jobs.promote import add_registry_arguments, check_registry_arguments
 from pipeline.tracking.registry import CARD_FILE
 from pipeline.tracking.versions import Registry, Version, checkpoint_of
 
@@ -106,7 +107,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fetch", type=Path, metavar="FOLDER", help="copy the version's checkpoint into a new folder")
 
 
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_registry_arguments(arguments)
+    require(arguments.version is None or arguments.version >= 1, f"--version {arguments.version}: counted from 1 on")
+    return entry.plain(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
     registry = Registry.at(arguments.tracking_uri, arguments.name)
     if arguments.fetch is not None:
         version = (
@@ -131,6 +139,7 @@ JOB = entry.Job(
     example="cvft models --tracking-uri sqlite:///demo/mlflow.db",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cvft.configuration import parse
+from cvft.configuration import parse, require, to_plain
 from cvft.errors import ConfigError, CvftError, StoreError
 from jobs import entry
 from jobs.config import read_overrides, read_yaml
@@ -193,6 +194,18 @@ def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alias", default=CHAMPION, help=f"which alias is meant (default: {CHAMPION})")
 
 
+def check_registry_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse names that MLflow would refuse.
+
+    Raises:
+        ConfigError: A name cannot be a registered model's or an alias.
+    """
+    name, alias = arguments.name, arguments.alias
+    require(name != "" and not set("/:") & set(name), f"--name {name!r}: must not be empty nor hold '/' or ':'")
+    is_alias = re.fullmatch(r"[\w-]+", alias) and not re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE)
+    require(bool(is_alias), f"--alias {alias!r}: must be letters, digits, '_' and '-', and neither 'latest' nor 'v1'")
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "version, models:/NAME@ALIAS, models:/NAME/VERSION, id of a run in MLflow, or path or URI of a checkpoint"
     parser.add_argument("--candidate", default=None, help=f"{what} (default: models:/NAME@{CANDIDATE})")
@@ -213,7 +226,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the gate: min_gain=0.01")
 
 
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_registry_arguments(arguments)
+    for option in ("batch_size", "threads"):
+        value = getattr(arguments, option)
+        require(value >= 1, f"--{option.replace('_', '-')} {value}: at least 1")
+    gate = load_gate(arguments.gate, arguments.overrides)
+    return {**entry.plain(arguments), "gate": to_plain(gate), "gate_name": arguments.gate, "overrides": {}}
+
+
 def _run(arguments: argparse.Namespace) -> Result:
+    _resolve(arguments)
     gate = load_gate(arguments.gate, arguments.overrides)
     registry = Registry.at(arguments.tracking_uri, arguments.name)
     protocol = Protocol(
@@ -242,6 +265,7 @@ JOB = entry.Job(
     example="cvft promote --manifest $(ls demo/shards/manifests/*.parquet) --tracking-uri sqlite:///demo/mlflow.db",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

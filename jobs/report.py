@@ -135,9 +135,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=4, help="best, worst and transported queries to show")
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.examples < 1:
         raise ConfigError(f"--examples {arguments.examples}: show at least 1")
+    evaluate.checked(arguments)
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
     found = evaluate.run(arguments)
     files = write_report(found, arguments.out, title=arguments.title, facts={}, num_examples=arguments.examples)
     return {"report": str(files.html.absolute()), "pictures": len(files.pngs), **found.metrics()}
@@ -150,6 +156,7 @@ JOB = entry.Job(
     " --manifest $(ls demo/shards/manifests/*.parquet) --out report",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

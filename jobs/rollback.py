@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs import entry
-from jobs.promote import ROLLED_BACK, add_registry_arguments
+from jobs.promote import ROLLED_BACK, add_registry_arguments, check_registry_arguments
 from pipeline.tracking.versions import Registry
 
 
@@ -42,7 +42,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_registry_arguments(parser)
 
 
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_registry_arguments(arguments)
+    return entry.plain(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
     registry = Registry.at(arguments.tracking_uri, arguments.name)
     result = rollback(registry, alias=arguments.alias, reason=arguments.reason)
     told = "%s of %s is version %d again, in place of version %d"
@@ -56,6 +62,7 @@ JOB = entry.Job(
     example="cvft rollback --reason 'wrong at night' --tracking-uri sqlite:///demo/mlflow.db",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

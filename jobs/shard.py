@@ -89,7 +89,7 @@ class ShardingProgress:
         self._line(now.num_pairs_done, now.num_pairs, before=now.num_pairs_found, details=details)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _checked(arguments: argparse.Namespace) -> tuple[BuildOptions, dict[str, str]]:
     options = BuildOptions(
         layout=arguments.layout,
         split=arguments.split,
@@ -99,7 +99,16 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         exclude=arguments.exclude,
         rebuild=arguments.rebuild,
     )
-    labels = parse_labels(arguments.node_label, option="--node-label")
+    return options, parse_labels(arguments.node_label, option="--node-label")
+
+
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    _checked(arguments)
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    options, labels = _checked(arguments)
     session = partial(ray_session_with_room, what="shard", labels=labels)
     runner = OnRay(window=arguments.window, session=session, labels=labels)
     made = build_shards(arguments.root, arguments.store, options, runner=runner, progress=ShardingProgress())
@@ -131,6 +140,7 @@ JOB = entry.Job(
     example="cvft shard --root demo/town --store shards",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

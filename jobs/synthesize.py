@@ -34,6 +34,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     return dataclasses.asdict(write_town(arguments.out, config=config, workers=arguments.workers, progress=progress))
 
 
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
+    _config(arguments)
+    return entry.plain(arguments)
+
+
 def _config(arguments: argparse.Namespace) -> TownConfig:
     cvact = CvactConfig(
         num_test=arguments.test, num_without_files=arguments.without_files, is_prepared=arguments.prepared
@@ -50,6 +55,7 @@ JOB = entry.Job(
     example="cvft synthesize --out town --pairs 200 --seed 7",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

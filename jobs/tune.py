@@ -205,7 +205,8 @@ def _place(out: str) -> str:
 
 def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     spec, base = _checked(arguments)
-    return {"search": to_plain(spec), "base": to_plain(base)}
+    town = None if arguments.manifest else {"pairs": arguments.pairs, "seed": arguments.town_seed}
+    return {"search": to_plain(spec), "base": to_plain(base), "town": town, "out": arguments.out}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -47,9 +47,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fix-leaks", action="store_true", help="put pairs that leak into training on it as well")
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     require(arguments.threads >= 1, f"--threads {arguments.threads}: at least 1")
     require(bool(arguments.fix_list) or not arguments.fix_leaks, "--fix-leaks: also name the list with --fix-list FILE")
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
     report = validate(
         arguments.root,
         layout=arguments.layout,
@@ -133,6 +138,7 @@ JOB = entry.Job(
     example="cvft validate --root demo/town --html demo/validation.html",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

@@ -32,8 +32,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split of a table that has no split column, as it was sharded")
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     require(arguments.repair == (arguments.root is not None), "--repair and --root go together: name both or neither")
+    _num_sampled(arguments, 1)
+    return entry.plain(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    _resolve(arguments)
     manifest = Manifest.load(arguments.manifest)
     found = verify(
         manifest,
@@ -106,6 +112,7 @@ JOB = entry.Job(
     example="cvft verify --manifest demo/shards",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=_resolve,
 )
 
 if __name__ == "__main__":

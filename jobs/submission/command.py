@@ -6,7 +6,6 @@ whatever order the arguments stand: it is found again instead of being started t
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import hashlib
 import importlib
@@ -24,9 +23,12 @@ from cvft.errors import ConfigError
 from jobs import entry
 from jobs.tracking_config import URI_VARIABLE
 
-_PLACES = ("root", "store", "manifest", "checkpoint", "output", "out", "json", "html", "fix_list", "weights", "uri")
+_PLACES = (
+    *("root", "store", "manifest", "checkpoint", "output", "out", "json", "html", "fix_list", "weights", "uri"),
+    *("tracking_uri", "fetch"),
+)
 """Arguments and keys that name a folder, a file or a URI which the job's processes must reach."""
-_FILES = ("config", "spec", "exclude")
+_FILES = ("config", "spec", "exclude", "gate")
 """Arguments that may name a file of the checkout."""
 _COORDINATORS = ("shard", "train", "tune", "evaluate", "ablate")
 """Jobs whose work is done by Ray tasks and workers: their own process needs no CPU to itself."""
@@ -91,18 +93,11 @@ def read(command: Sequence[str], *, known: Sequence[str], name: str | None = Non
         raise ConfigError(f"--name {name!r}: must be letters, digits, '.', '_' and '-'")
     described = importlib.import_module(f"jobs.{job}").JOB
     arguments = entry.parse_arguments(described, command[1:])
-    meaning = _plain(arguments) if described.resolve is None else described.resolve(arguments)
+    meaning = described.resolve(arguments)
     asked = Submission(job=job, arguments=tuple(command[1:]), meaning=meaning, name="")
     run_name = meaning.get("name")
     parts = [job, *([run_name[:_MAX_NAME]] if isinstance(run_name, str) else []), asked.digest[:8]]
     return Submission(job=job, arguments=asked.arguments, meaning=meaning, name=name or "-".join(parts))
-
-
-def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments as they are; overrides as what they set, in no order."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    overrides = (text.partition("=") for text in values.get("overrides", ()))
-    return values | {"overrides": {key: value for key, _, value in overrides}}
 
 
 def check_places(submission: Submission, *, working_dir: Path | None, names: Sequence[str]) -> list[str]:

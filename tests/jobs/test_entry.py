@@ -10,7 +10,14 @@ from jobs import cli, entry
 
 
 def _job(run):
-    return entry.Job(name="job", summary="A job.", example="cvft job --count 3", add_arguments=_arguments, run=run)
+    return entry.Job(
+        name="job",
+        summary="A job.",
+        example="cvft job --count 3",
+        add_arguments=_arguments,
+        run=run,
+        resolve=entry.plain,
+    )
 
 
 def _arguments(parser):
@@ -93,7 +100,7 @@ def test_overrides_may_stand_on_either_side_of_an_option(capfd):
         parser.add_argument("--config", required=True)
         parser.add_argument("overrides", nargs="*")
 
-    job = entry.Job(name="job", summary="A job.", example="x", add_arguments=arguments, run=vars)
+    job = entry.Job(name="job", summary="A job.", example="x", add_arguments=arguments, run=vars, resolve=entry.plain)
     assert entry.main(job, ["a=1", "--config", "c", "b=2"]) == 0
     assert json.loads(capfd.readouterr().out) == {"config": "c", "overrides": ["a=1", "b=2"]}
 

@@ -1,9 +1,14 @@
 """What `cvft submit` decides before it speaks to a cluster."""
 
+import importlib
+import re
+import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from cvft.errors import ConfigError
 from jobs import cli
@@ -59,6 +64,46 @@ def test_the_jobs_own_arguments_are_held_against_the_job(capfd):
         asked(*TRAIN, name="a b")
 
 
+REFUSED = {
+    "demo": (["train.num_epcohs=2"], "num_epcohs"),
+    "synthesize": (["--out", "/o", "--pairs", "4", "--test", "2"], "belong to --layout cvact"),
+    "validate": (["--root", "/r", "--fix-leaks"], "--fix-list FILE"),
+    "shard": (["--root", "/r", "--store", "/s", "--node-label", "gpu"], "is written KEY=VALUE"),
+    "verify": (["--manifest", "/m", "--repair"], "--repair and --root go together"),
+    "inspect": (["--manifest", "/m", "--out", "/sheet.txt"], "must end with one of"),
+    "train": (["--config", "town", "data.manifest=/m", "train.seeds=1"], "train.seeds: unknown key"),
+    "evaluate": (["--checkpoint", "/c", "--manifest", "/m", "model.head.kind=conv"], "only preprocess"),
+    "report": (["--checkpoint", "/c", "--manifest", "/m", "--out", "/o", "--examples", "0"], "show at least 1"),
+    "promote": (["--manifest", "/m", "min_gian=0.1"], "did you mean gate.min_gain"),
+    "rollback": (["--alias", "v1"], "--alias 'v1'"),
+    "models": (["--version", "0"], "--version 0"),
+    "ablate": (["--out", "/o", "train.num_epcohs=2"], "num_epcohs"),
+    "tune": (["--out", "/o", "--spec", "nospec"], "nospec"),
+}
+"""For each job what its parser lets through and it refuses by itself, before anything is sent."""
+NOTHING_MORE = {"import_official": "its parser sees all that can be wrong", "submit": "is not submitted itself"}
+
+
+@pytest.mark.parametrize("job", KNOWN)
+def test_every_job_refuses_a_wrong_argument_before_anything_is_sent(job):
+    if job in NOTHING_MORE:
+        assert job not in REFUSED
+        return
+    arguments, message = REFUSED[job]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        asked(job, *arguments)
+
+
+def test_the_gate_is_part_of_what_is_asked():
+    asked_for = asked("promote", "--manifest", "/m")
+    assert asked_for.digest == asked("promote", "--manifest", "/m", "--gate", "default").digest
+    assert asked_for.digest != asked("promote", "--manifest", "/m", "min_gain=0.5").digest
+
+
+def test_a_search_in_another_town_is_another_search():
+    assert asked("tune", "--out", "/o", "--pairs", "40").digest != asked("tune", "--out", "/o", "--pairs", "50").digest
+
+
 def test_what_a_shell_would_take_apart_arrives_whole():
     submission = asked("validate", "--root", "/with space/$HOME")
     assert submission.entrypoint == "python -m jobs.validate --root '/with space/$HOME'"
@@ -76,6 +121,8 @@ def test_a_job_that_works_by_itself_gets_a_cpu_and_one_that_asks_ray_none():
         ([*TRAIN, HTTP, "data.manifest=shards"], "data.manifest=shards is relative"),
         ([*TRAIN], "tracking.uri=sqlite:///mlflow.db is relative"),
         (["evaluate", "--checkpoint", "runs/x", "--manifest", "/s"], "checkpoint=runs/x is relative"),
+        (["rollback"], "tracking_uri=sqlite:///mlflow.db is relative"),
+        (["models", "--fetch", "x", "--tracking-uri", "http://m"], "fetch=x is relative"),
     ],
 )
 def test_a_relative_path_is_refused_because_it_would_lie_in_the_jobs_copy_of_the_code(command, named):
@@ -125,6 +172,22 @@ def test_in_a_git_checkout_what_git_ignores_stays_and_what_is_new_goes(checkout)
     (checkout / ".gitignore").write_text("/data/\n/runs/\n.venv/\n")
     assert collect(checkout) == [".git-like", ".gitignore", "jobs/__init__.py", "jobs/a.py"]
     assert collect(checkout, exclude=["jobs/a*", ".git*"]) == ["jobs/__init__.py"]
+
+
+def test_what_the_examples_write_is_sent_neither_by_us_nor_by_ray_job_submit(tmp_path):
+    checkout, example = tmp_path / "code", re.compile(r"--(?:out|store|html) ([^/ ][^ :]*)(?= |$)")
+    written = {name for job in KNOWN for name in example.findall(importlib.import_module(f"jobs.{job}").JOB.example)}
+    assert {"town", "shards", "demo/validation.html", "search", "sheet.html"} <= written
+    for name in {*written, "data/x.jpg", "runs/x", "mlflow.db", "jobs/__init__.py", "search/trials/x"} - {"search"}:
+        path = checkout / name if "." in name or "/" in name else checkout / name / "file"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    shutil.copyfile(Path(__file__).parents[2] / ".gitignore", checkout / ".gitignore")
+    create_package(str(checkout), tmp_path / "ray.zip", include_gitignore=True)
+    names = zipfile.ZipFile(tmp_path / "ray.zip").namelist()
+    assert sorted(name for name in names if not name.endswith("/")) == [".gitignore", "jobs/__init__.py"]
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    assert collect(checkout) == [".gitignore", "jobs/__init__.py"]
 
 
 def test_data_among_the_code_is_refused_by_its_folder(checkout):
