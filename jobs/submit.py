@@ -22,9 +22,11 @@ from jobs.cli import SUMMARIES
 from jobs.commit import code_commit
 from jobs.entry import LOGGER, EndedElsewhereError
 from jobs.node_labels import parse_labels
+from jobs.submission import waiting
+from jobs.submission.attempt import Attempt, Request
 from jobs.submission.command import Submission, check_places, environment, read
 from jobs.submission.following import Follower, find_result
-from jobs.submission.job_server import Attempt, JobServer, Request
+from jobs.submission.job_server import JobServer
 from jobs.submission.package import collect, pack
 
 JOBS = tuple(name for name in SUMMARIES if name != "submit")
@@ -95,15 +97,27 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             labels=labels,
             metadata={"cvft_commit": code_commit() or "unknown"},
         )
-        for retry in range(arguments.retries + 1):
-            attempt = _enter(server, submission, request, is_again=arguments.again and retry == 0)
-            if arguments.no_wait:
-                return {"submission_id": attempt.id, "status": attempt.status, "address": server.address}
-            attempt, output = _follow(server, attempt)
-            if not attempt.is_node_lost or retry == arguments.retries:
-                break
-            LOGGER.warning("%s was lost with its node (%s); submitting it again", attempt.id, attempt.message[:200])
-    return _end(attempt, output)
+        return _see_through(server, submission, request, arguments)
+
+
+def _see_through(
+    server: JobServer, submission: Submission, request: Request, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Enter an attempt and follow it, and further ones where a node is lost or no room comes."""
+    num_lost, is_again = 0, arguments.again
+    while True:
+        attempt = _enter(server, submission, request, is_again=is_again)
+        if arguments.no_wait:
+            return {"submission_id": attempt.id, "status": attempt.status, "address": server.address}
+        attempt, output = _follow(server, attempt)
+        is_again = False
+        if attempt.is_not_started:
+            LOGGER.warning("%s found no room in the time that Ray waits; submitting it again", attempt.id)
+        elif attempt.is_lost and num_lost < arguments.retries:
+            num_lost += 1
+            LOGGER.warning("%s %s; submitting it again", attempt.id, _ended(attempt))
+        else:
+            return _end(attempt, output)
 
 
 def _enter(server: JobServer, submission: Submission, request: Request, *, is_again: bool) -> Attempt:
@@ -112,7 +126,7 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_ag
         attempts = server.attempts(submission)
         newest = attempts[-1] if attempts else None
         # One that never starts, for needs that are mended now, is in nobody's way: it was told to stop, if it did.
-        is_stuck = newest is not None and newest.needs != request.needs and server.never_holds(newest)
+        is_stuck = newest is not None and newest.needs != request.needs and waiting.never_holds(server, newest)
         if newest is not None and not newest.is_over and not is_stuck:
             LOGGER.info("%s is the same request and is %s: following it", newest.id, newest.status)
             return newest
@@ -131,15 +145,30 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_ag
 def _on_what_is_there(arguments: argparse.Namespace) -> dict[str, Any]:
     server = JobServer(arguments.address)
     if arguments.list:
-        jobs = [{"id": item.id, "status": item.status, "entrypoint": item.entrypoint} for item in server.all()]
+        jobs = [_listed(server, item) for item in server.all()]
         for job in jobs:
-            LOGGER.info("%-10s %s  %s", job["status"], job["id"], job["entrypoint"])
+            waits_for = f"  (waits for {job['waits_for']})" if job["waits_for"] else ""
+            LOGGER.info("%-10s %s  %s%s", job["status"], job["id"], job["entrypoint"], waits_for)
         return {"jobs": jobs}
     if arguments.stop:
         server.stop(arguments.stop)
+        if server.get(arguments.stop).status == "PENDING":
+            LOGGER.info(
+                "%s has not begun, and will not; Ray lists it as PENDING until there would be room for it, or its "
+                "start timeout is over (RAY_JOB_START_TIMEOUT_SECONDS of the head, 15 minutes unless set)",
+                arguments.stop,
+            )
         return {"submission_id": arguments.stop, "status": "asked to stop"}
     attempt, output = _follow(server, server.get(arguments.attach))
     return _end(attempt, output)
+
+
+def _listed(server: JobServer, attempt: Attempt) -> dict[str, Any]:
+    waits_for = None
+    if attempt.status == "PENDING":
+        is_hopeless = waiting.never_holds(server, attempt)
+        waits_for = waiting.describe(server, attempt) + ("; no node can ever hold it" if is_hopeless else "")
+    return {"id": attempt.id, "status": attempt.status, "entrypoint": attempt.entrypoint, "waits_for": waits_for}
 
 
 def _follow(server: JobServer, attempt: Attempt) -> tuple[Attempt, str]:
@@ -161,8 +190,10 @@ def _follow(server: JobServer, attempt: Attempt) -> tuple[Attempt, str]:
 
 def _end(attempt: Attempt, output: str) -> dict[str, Any]:
     """Return the job's result, or end as it did."""
-    result = find_result(output)
+    result = find_result(output) or attempt.result
     if attempt.status == "SUCCEEDED":
+        if result is None:
+            LOGGER.warning("%s has finished; its log went with its node, and no result is on record", attempt.id)
         return {"submission_id": attempt.id} if result is None else result
     code = attempt.exit_code
     # Its own one line, or its traceback, is what was shown last.
@@ -174,6 +205,8 @@ def _end(attempt: Attempt, output: str) -> dict[str, Any]:
 def _ended(attempt: Attempt) -> str:
     if attempt.status == "STOPPED":
         return "was stopped"
+    if attempt.is_lost:
+        return f"was lost with its node ({attempt.message[:200]})"
     return (
         f"failed: {attempt.message[:300]}" if attempt.exit_code is None else f"ended with exit code {attempt.exit_code}"
     )
@@ -186,6 +219,7 @@ JOB = entry.Job(
     " --manifest s3://bucket/cvusa",
     add_arguments=_add_arguments,
     run=_run,
+    resolve=entry.plain,
     takes_command=True,
 )
 

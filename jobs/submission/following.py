@@ -1,25 +1,40 @@
-"""A job on a cluster seen from here: what it waits for, what it prints, how it ends."""
+"""A job on a cluster seen from here: what it waits for, what it prints, how it ends.
+
+Its status is the head's and its log lies on the node that it runs on: either may be away while the other is there. A
+head that is started again is waited for; a job that was lost meanwhile ends as lost, and one that lives goes on being
+shown from where it was left.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import time
 from collections import deque
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 
 from cvft.errors import ClusterError
 from jobs.entry import LOGGER
-from jobs.submission.job_server import Attempt, AwayError, JobServer
+from jobs.submission import waiting
+from jobs.submission.attempt import Attempt
+from jobs.submission.job_server import AwayError, BusyError, JobServer, UnknownJobError
 
 _POLL_S = 1.0
 _SAY_S = 10.0
-_PATIENCE_S = 120.0
+_SILENCE_S = 5.0
+_PATIENCE_S = 600.0  # a new head in Kubernetes may pull its image first
 _KEPT_CHARACTERS = 200_000
+
+
+class LogError(ClusterError):
+    """What a job prints cannot be read now; the job may be well."""
 
 
 class Follower:
@@ -36,6 +51,7 @@ class Follower:
         self._kept: deque[str] = deque()
         self._num_kept = 0
         self._last_said = time.monotonic()
+        self._last_woken = -math.inf
         self._away_since: float | None = None
 
     @property
@@ -51,54 +67,126 @@ class Follower:
         """
         while True:
             try:
-                attempt = self._server.get(self._attempt.id)
-                if attempt.status == "PENDING":
-                    self._say_what_for(attempt)
-                else:
-                    asyncio.run(self._show())
-                    attempt = self._server.get(attempt.id)
-                    if attempt.is_over:
-                        return attempt
-                self._away_since = None
-            except (AwayError, aiohttp.ClientError, RuntimeError) as error:
+                attempt = self._look()
+                if attempt.is_over:
+                    return attempt
+            except LogError as error:
+                self._do_without_log(error)
+            except (AwayError, BusyError) as error:
                 self._be_patient(error)
+            except UnknownJobError:
+                return replace(self._attempt, status="FAILED", message="the cluster knows it no more", is_lost=True)
             time.sleep(_POLL_S)
 
+    def _look(self) -> Attempt:
+        attempt = self._server.get(self._attempt.id)
+        self._is_there()
+        if attempt.is_over:
+            self._show_all()
+        elif attempt.status == "PENDING":
+            self._say_what_for(attempt)
+        else:
+            asyncio.run(self._show())
+            attempt = self._server.get(attempt.id)
+            if not attempt.is_over:  # Ray ends the log as usual where the job's node does not answer
+                raise LogError("its node does not answer")
+        return attempt
+
     def _say_what_for(self, attempt: Attempt) -> None:
-        needs = " ".join(f"{name} {number:g}" for name, number in attempt.needs.items())
-        if self._server.never_holds(attempt):
+        if waiting.never_holds(self._server, attempt):
             self._server.stop(attempt.id)
+            wanted = " + ".join(
+                [f"{amount:g} {name}" for name, amount in attempt.needs.items()]
+                + [f"a node with {key}={value}" for key, value in attempt.labels.items()]
+            )
             raise ClusterError(
-                f"{attempt.id}: no type of node of {self._server.address} holds {needs}, now or later; "
+                f"{attempt.id}: no node that {self._server.address} has or adds holds {wanted}; "
                 "ask for less by --num-cpus and --num-gpus, or for other nodes by --label"
             )
-        if time.monotonic() - self._last_said >= _SAY_S:
-            self._last_said = time.monotonic()
-            lacks = self._server.lacks()
-            LOGGER.info(
-                "%s waits for %s%s", attempt.id, needs or "Ray to start it", f"; asked for: {lacks}" if lacks else ""
-            )
+        if self._is_time_to_speak():
+            LOGGER.info("%s waits for %s", attempt.id, waiting.describe(self._server, attempt))
+
+    def _is_there(self) -> None:
+        if self._away_since is not None:
+            self._away_since = None
+            LOGGER.info("%s answers again", self._server.address)
+            self._server.wake(self._attempt.id)
 
     def _be_patient(self, error: Exception) -> None:
         now = time.monotonic()
-        self._away_since = now if self._away_since is None else self._away_since
+        if self._away_since is None:
+            self._away_since = now
+            LOGGER.warning("%s does not answer; waiting for it, the job may go on meanwhile", self._server.address)
         if now - self._away_since > _PATIENCE_S:
             raise ClusterError(f"{self._server.address} has not answered for {_PATIENCE_S:.0f} s: {error}") from error
-        if now - self._last_said >= _SAY_S:
-            self._last_said = now
-            LOGGER.warning("%s does not answer; waiting for it, the job may go on meanwhile", self._server.address)
+
+    def _do_without_log(self, error: LogError) -> None:
+        """Read what there is without following it: the head may have been started again, or a proxy be between."""
+        if time.monotonic() - self._last_woken >= _SAY_S:
+            self._last_woken = time.monotonic()
+            self._server.wake(self._attempt.id)
+        if not self._show_all() and self._is_time_to_speak():
+            LOGGER.warning("%s runs, but its log cannot be read now: %s", self._attempt.id, error)
+
+    def _is_time_to_speak(self) -> bool:
+        is_time = time.monotonic() - self._last_said >= _SAY_S
+        if is_time:
+            self._last_said = time.monotonic()
+        return is_time
 
     async def _show(self) -> None:
-        """Show what was not shown before: Ray tells all from the beginning each time."""
+        """Show what was not shown before, until the job is over: Ray tells all from the beginning each time.
+
+        Raises:
+            LogError: The log cannot be read, or not any more.
+            AwayError: The head does not answer.
+        """
         num_seen = 0
-        async for chunk in self._server.tail(self._attempt.id):
-            new = chunk[max(0, self._num_shown - num_seen) :]
-            num_seen += len(chunk)
-            if new:
-                sys.stderr.write(new)
-                sys.stderr.flush()
-                self._num_shown += len(new)
-                self._keep(new)
+        async with contextlib.aclosing(self._chunks()) as chunks:
+            async for chunk in chunks:
+                self._show_new(chunk, num_seen)
+                num_seen += len(chunk)
+
+    async def _chunks(self) -> AsyncGenerator[str]:
+        """Yield the log as it comes; in silence, see whether the job is over: its host may be cut off."""
+        log = self._server.tail(self._attempt.id)
+        coming = asyncio.ensure_future(anext(log, None))
+        try:
+            was_over = False
+            while True:
+                done, _ = await asyncio.wait({coming}, timeout=_SILENCE_S)
+                if done:
+                    chunk = coming.result()
+                    if chunk is None:
+                        return
+                    yield chunk
+                    coming = asyncio.ensure_future(anext(log, None))
+                elif was_over:  # it had time to tell the rest
+                    return
+                else:
+                    was_over = (await asyncio.to_thread(self._server.get, self._attempt.id)).is_over
+        except (aiohttp.ClientError, RuntimeError, OSError) as error:
+            raise LogError(" ".join(str(error).split())[:200]) from error
+        finally:
+            coming.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, aiohttp.ClientError, RuntimeError):
+                await coming
+            await log.aclose()
+
+    def _show_all(self) -> bool:
+        """Show what was not shown before of what can be read; return whether there was any."""
+        text = self._server.logs(self._attempt.id)
+        is_more = len(text) > self._num_shown
+        self._show_new(text, 0)
+        return is_more
+
+    def _show_new(self, text: str, num_before: int) -> None:
+        new = text[max(0, self._num_shown - num_before) :]
+        if new:
+            sys.stderr.write(new)
+            sys.stderr.flush()
+            self._num_shown += len(new)
+            self._keep(new)
 
     def _keep(self, text: str) -> None:
         self._kept.append(text)

@@ -6,31 +6,28 @@ submits an attempt that somebody else has just submitted is refused, looks again
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, cast
 
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 
 from cvft.errors import ClusterError, ConfigError
+from jobs.submission.attempt import Attempt, Request
 from jobs.submission.command import Submission
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_NODE_LOST = "JOB_SUPERVISOR_ACTOR_DIED"
-_NEWS_S = 15.0
-_NEVER = "No available node types can fulfill resource requests"
 _HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTALL)
 _PAUSES_S = (1.0, 2.0, 4.0)  # before a job server that failed by itself is asked again
+_TIMEOUTS_S = (10.0, 120.0)  # to connect, and to answer: a host that was cut off never would
+_LOG_TIMEOUTS_S = (10.0, 20.0)
 
 
 class AwayError(ClusterError):
@@ -41,61 +38,16 @@ class BusyError(ClusterError):
     """The job server failed by itself; asked again it may not."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One job on the cluster."""
-
-    id: str
-    status: str
-    entrypoint: str
-    message: str
-    exit_code: int | None
-    metadata: Mapping[str, str]
-    needs: Mapping[str, float]
-    is_labelled: bool
-    is_node_lost: bool
-    started_ms: int
-
-    @classmethod
-    def of(cls, details: JobDetails) -> Attempt:
-        """Take what is used from Ray's record."""
-        metadata = details.metadata or {}
-        return cls(
-            id=str(details.submission_id),
-            status=str(details.status.value),
-            entrypoint=details.entrypoint,
-            message=" ".join((details.message or "").split()),
-            exit_code=details.driver_exit_code,
-            metadata=metadata,
-            needs={name: float(value) for name, value in json.loads(metadata.get("cvft_needs", "{}")).items()},
-            is_labelled="cvft_labels" in metadata,
-            is_node_lost=details.error_type == _NODE_LOST,
-            started_ms=details.start_time or 0,
-        )
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it will not change any more."""
-        return bool(JobStatus(self.status).is_terminal())
+class UnknownJobError(ClusterError):
+    """The cluster knows no such job."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """How a submission is to be run.
+class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray's class has no types
+    """Ray's client, which would wait for ever for a host that is gone."""
 
-    Attributes:
-        archive: The code that is sent; none runs what the nodes hold.
-        variables: What is added to the environment of its processes.
-        needs: CPU and GPU for the job's own process.
-        labels: Of the node that it runs on.
-        metadata: What is kept with it besides.
-    """
-
-    archive: Path | None
-    variables: Mapping[str, str]
-    needs: Mapping[str, float]
-    labels: Mapping[str, str]
-    metadata: Mapping[str, str]
+    def _do_request(self, *arguments: Any, **options: Any) -> requests.Response:
+        reply: requests.Response = super()._do_request(*arguments, **{"timeout": _TIMEOUTS_S, **options})
+        return reply
 
 
 class JobServer:
@@ -117,7 +69,7 @@ class JobServer:
         for part in ("job.sdk", "dashboard_sdk"):  # would tell of sockets that close and packages that are there
             logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
         with self._errors():
-            self._client = JobSubmissionClient(named)
+            self._client = _Client(named)
             self.address = self._client.get_address()
 
     @property
@@ -200,43 +152,34 @@ class JobServer:
         raise AssertionError("the last try returns or raises")
 
     def logs(self, job_id: str) -> str:
-        """Return what a job has printed; "" where that is gone with its node."""
-        with contextlib.suppress(ClusterError), self._errors():
-            return str(self._client.get_job_logs(job_id))
+        """Return what a job has printed; "" where that is gone with its node, or cannot be read now."""
+        with contextlib.suppress(AwayError), self._errors():
+            reply = self._client._do_request("GET", f"/api/jobs/{job_id}/logs", timeout=_LOG_TIMEOUTS_S)
+            return str(reply.json()["logs"]) if reply.status_code == 200 else ""
         return ""
 
-    def tail(self, job_id: str) -> AsyncIterator[str]:
+    def tail(self, job_id: str) -> AsyncGenerator[str]:
         """Yield all that a job has printed and prints, until it is over or the connection breaks."""
-        return cast(AsyncIterator[str], self._client.tail_job_logs(job_id))
+        return cast(AsyncGenerator[str], self._client.tail_job_logs(job_id))
 
-    def lacks(self) -> str:
-        """Return what the cluster says is asked of it and is not there, for people; "" where it lacks nothing."""
-        data = self._ask("/api/cluster_status", format=1)
-        demands = str(data.get("clusterStatus") or "").partition("Pending Demands:")[2]
-        return "" if "(no resource demands)" in demands else " ".join(demands.split())
-
-    def never_holds(self, attempt: Attempt) -> bool:
-        """Tell whether the autoscaler says that no type of node can hold a job that has not begun, whatever it adds."""
-        if attempt.status != "PENDING" or not attempt.needs:
-            return False
-        events = self._ask("/events").get("events", {}).get("global", [])
-        for event in events:
-            said, is_new = event["message"], time.time() - float(event["timestamp"]) < _NEWS_S
-            if event["sourceType"] != "AUTOSCALER" or not is_new or not said.startswith(_NEVER):
-                continue
-            if attempt.is_labelled or "label selectors" not in said:
-                resources = [ast.literal_eval(found) for found in re.findall(r"\{[^}]*\}(?=\*)", said)]
-                if attempt.needs in resources:
-                    return True
-        return False
-
-    def _ask(self, path: str, **parameters: int) -> dict[str, Any]:
-        """Ask the dashboard, beside the job server."""
+    def ask(self, path: str, **parameters: int | str) -> dict[str, Any]:
+        """Ask the dashboard, beside the job server; {} where it leaves this out."""
         with self._errors():
             reply = self._client._do_request("GET", path, params=parameters)
-        if reply.status_code != 200:  # a dashboard that leaves this out
+        if reply.status_code != 200:
             return {}
         return cast(dict[str, Any], reply.json().get("data") or {})
+
+    def wake(self, job_id: str) -> None:
+        """Make a head that was started again look after the jobs that it finds on record.
+
+        Ray's job manager begins with the first request that a submission makes of it; until then a job that was lost
+        with the old head stays RUNNING for ever. This one asks for a label that no node may have: it is always refused.
+        """
+        with contextlib.suppress(ClusterError), self._errors():
+            self._client.submit_job(
+                submission_id=job_id, entrypoint="false", entrypoint_label_selector={"no label!": "none"}
+            )
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -255,11 +198,18 @@ class JobServer:
             ) from error
         except RuntimeError as error:
             found = _HTTP_ERROR.match(str(error))
+            if found is None and str(error).startswith("Version check returned 404"):
+                raise AwayError(
+                    f"{self.address}: what answers there is no Ray job server (404 for /api/version)"
+                ) from error
             if found is None:
                 raise
             reason = _last_line(found[2])
-            is_busy = found[1].startswith("5") and "already exists" not in found[2]
-            kind = BusyError if is_busy else ClusterError
+            kind: type[ClusterError] = ClusterError
+            if found[1] == "404" and "does not exist" in found[2]:
+                kind = UnknownJobError
+            elif found[1].startswith("5") and "already exists" not in found[2]:
+                kind = BusyError
             raise kind(f"{self.address} answers {found[1]}: {reason[:300]}") from error
 
 

@@ -1,67 +1,25 @@
 """`cvft submit` on a real head with the real autoscaler, whose nodes are processes of this machine."""
 
-import json
-import os
+import http.server
+import re
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
+import threading
 import time
-from pathlib import Path
 
 import pytest
+import requests
+
+from tests.jobs import clusters
+from tests.jobs.clusters import Submit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
-
-ROOT = Path(__file__).parents[2]
-CLUSTER = str(ROOT / "infra" / "local" / "cluster.sh")
-
-
-def free_port() -> int:
-    """A port that is free, and the next one with it."""
-    while True:
-        with socket.socket() as one, socket.socket() as next_one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                next_one.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The environment of a client of a cluster of our own, with a token."""
-    ours = {"PARTS": "ray", "PYTHON": sys.executable, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    # Ray makes sockets in it, whose paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        ports = {"RAY_PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
-        start = [CLUSTER, "start", folder]
-        started = subprocess.run(start, env=plain | ours | ports, capture_output=True, text=True, check=False)
-        try:
-            assert started.returncode == 0, started.stderr
-            exports = (line.removeprefix("export ").partition("=") for line in started.stdout.splitlines())
-            client = plain | ours | {name: value for name, _, value in exports}
-            yield {name: value for name, value in client.items() if name != "CVFT_WORKING_DIR"}  # code is sent
-        finally:
-            subprocess.run([CLUSTER, "stop", folder], env=plain, check=True)
-
-
-class Submit(subprocess.Popen):
-    """`cvft submit ...`, begun."""
-
-    def __init__(self, environment, *arguments):
-        command = [sys.executable, "-m", "jobs.submit", *arguments]
-        pipe = subprocess.PIPE
-        super().__init__(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-    def end(self):
-        """Wait for it; return exit code, the result if there is one, and what was said."""
-        out, err = self.communicate(timeout=180)
-        return self.returncode, json.loads(out.splitlines()[-1]) if out else None, err
+    """The environment of a client of a cluster of our own."""
+    with clusters.cluster() as ours:
+        yield ours.client
 
 
 @pytest.fixture
@@ -118,8 +76,11 @@ def test_what_no_node_can_hold_is_refused_at_once(ask):
     began = time.monotonic()
     code, _, err = ask("--num-cpus", "64", "verify", "--manifest", "/no/store")
     assert code == 2
-    assert "no type of node of http://127.0.0.1:" in err
-    assert "holds CPU 64, now or later" in err
+    assert re.search(r"verify-\w+: no node that http://127\.0\.0\.1:\d+ has or adds holds 64 CPU; ask for less", err)
+    code, listed, err = ask("--list")
+    assert [job["waits_for"] for job in listed["jobs"] if job["id"].startswith("verify-")] == [
+        "64 CPU; no node can ever hold it"
+    ]
     code, _, err = ask("evaluate", "--use-gpu", "--checkpoint", "/c", "--manifest", "/m")
     assert code == 2
     message = "cvft evaluate: error: --use-gpu: 1 x 1 CPU + 1 GPU cannot be had"
@@ -128,12 +89,64 @@ def test_what_no_node_can_hold_is_refused_at_once(ask):
     assert time.monotonic() - began < 170  # Ray itself waits for 15 minutes
 
 
-def test_a_wrong_token_is_one_line(cluster):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "(Authentication failed: Forbidden: Invalid authentication token)"),
+        ({"RAY_AUTH_MODE": "disabled"}, "(Authentication failed: Unauthorized: Missing authentication token)"),
+        ({"RAY_AUTH_TOKEN_PATH": "/no/token"}, "/no/token"),
+    ],
+)
+def test_a_token_that_is_wrong_or_missing_is_one_line(cluster, given, told):
     environment = {name: value for name, value in cluster.items() if name != "RAY_AUTH_TOKEN_PATH"}
-    code, _, err = Submit(environment | {"RAY_AUTH_TOKEN": "0" * 64}, "--list").end()
+    code, _, err = Submit(environment | given, "--list").end()
     assert code == 2
     assert err.count("\n") == 1
-    assert "refuses this client (Authentication failed: Forbidden: Invalid authentication token)" in err
+    assert told in err
+    assert "RAY_AUTH_TOKEN_PATH" in err
+
+
+@pytest.fixture
+def proxied(cluster):
+    """The cluster's address behind a proxy: below a path, without WebSockets, which some proxies do not pass on."""
+    target = cluster["RAY_API_SERVER_ADDRESS"]
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def handle_any(self):
+            if "Upgrade" in self.headers or not self.path.startswith("/ray/"):
+                return self.send_error(400)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            url, sent = target + self.path.removeprefix("/ray"), dict(self.headers)
+            reply = requests.request(self.command, url, data=body, headers=sent, timeout=120)
+            self.send_response(reply.status_code)
+            self.send_header("Content-Length", str(len(reply.content)))
+            self.end_headers()
+            return self.wfile.write(reply.content)
+
+        do_GET = do_POST = do_PUT = handle_any
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/ray"
+        server.shutdown()
+
+
+def test_a_job_is_followed_through_a_proxy_that_passes_requests_alone(proxied, ask, tmp_path):
+    out = str(tmp_path / "town")
+    command = ["--num-cpus", "0", "synthesize", "--out", out, "--pairs", "200", "--workers", "1"]
+    code, result, err = ask("--address", f"{proxied}/", *command)
+    assert (code, result["num_written"]) == (0, 200), err
+    assert err.count("rendering: 0/200 pairs") == err.count("rendering: 200/200 pairs") == 1
+
+
+def test_what_is_no_job_server_is_one_line(proxied, ask):
+    code, _, err = ask("--address", proxied.removesuffix("/ray"), "--list")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "no Ray job server answers there" in err
 
 
 def test_where_no_cluster_answers_is_one_line(ask):

@@ -1,0 +1,150 @@
+"""`cvft submit` where nobody adds nodes: a full queue, what never fits, and machines that are lost.
+
+The head is killed and started again with its state, and so is the node of a job's own process. One scenario for each,
+from which the tests read: they take minutes.
+"""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+
+from cvft.checkpoint import MODEL_FILE
+from tests.jobs import clusters
+from tests.jobs.clusters import Submit, await_true
+from tests.jobs.conftest import NO_PICTURES, TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
+
+AWAY = ["--label", "where=away"]
+NODE = "--labels=where=away"
+
+
+@pytest.fixture(scope="module")
+def ours(manifest_uri, tracking_uri, tmp_path_factory):
+    """A head that keeps its state, and what a training on it is asked for by."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def training(name: str) -> list[str]:
+        places = [f"data.manifest={manifest_uri}", f"output={runs}", f"tracking.uri={tracking_uri}"]
+        settings = [*TINY, NO_PICTURES, "train.workers=1", "train.num_epochs=8", f"name={name}"]
+        return ["train", "--config", "town", *places, *settings]
+
+    with clusters.cluster(NODES="none", GCS_DIR="FOLDER") as cluster:
+        begun: list[Submit] = []
+        yield SimpleNamespace(cluster=cluster, training=training, runs=runs, begun=begun)
+        for submit in begun:
+            if submit.poll() is None:
+                submit.kill()
+                submit.communicate()
+
+
+def begin(ours, *arguments: str) -> Submit:
+    ours.begun.append(Submit(ours.cluster.client, "--working-dir", "none", *arguments))
+    return ours.begun[-1]
+
+
+def weights(ours, name: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(checkpoints(ours, name)[-1] / MODEL_FILE)
+
+
+def checkpoints(ours, name: str) -> list[Path]:
+    return sorted(path.parent for path in (ours.runs / name / "checkpoints").glob(f"*/{MODEL_FILE}"))
+
+
+def test_a_full_queue_says_who_holds_the_room(ours, tmp_path):
+    forever = ["synthesize", "--pairs", "5000", "--workers", "1", "--out"]
+    for name in ("one", "other"):
+        assert begin(ours, "--name", name, "--no-wait", *forever, str(tmp_path / name)).end()[0] == 0
+    waits = begin(ours, "--name", "waits", *forever, str(tmp_path / "waits"))
+    lines = []
+    while "waits waits for" not in (line := waits.stderr.readline()) or "2 of 2" not in line:
+        lines.append(line)
+        assert waits.poll() is None, lines
+    assert re.search(r"waits waits for 1 CPU; 2 of 2 CPU held by (one 1, other 1|other 1, one 1)$", line)
+    code, _, err = begin(ours, "--stop", "waits").end()
+    assert code == 0
+    assert "waits has not begun, and will not; Ray lists it as PENDING until" in err
+    for name in ("one", "other"):
+        assert begin(ours, "--stop", name).end()[0] == 0
+    code, _, err = waits.end()
+    assert (code, err.splitlines()[-1]) == (1, "cvft submit: waits was stopped")
+
+
+@pytest.mark.parametrize(
+    ("asks", "wanted"),
+    [(["--num-cpus", "64"], "64 CPU"), ([*AWAY, "--num-cpus", "0"], "a node with where=away")],
+)
+def test_what_no_node_there_holds_is_refused_at_once(ours, asks, wanted):
+    code, _, err = begin(ours, *asks, "verify", "--manifest", "/no/store").end()
+    assert code == 2
+    assert f" has or adds holds {wanted}; ask for less by --num-cpus" in err
+
+
+@pytest.fixture(scope="module")
+def straight(ours):
+    """A training that nothing happens to: how it ended."""
+    return begin(ours, *ours.training("straight")).end()
+
+
+@pytest.fixture(scope="module")
+def restarted(ours, straight, tmp_path_factory):
+    """Two jobs while the head is killed and started again: one on the head, one on a node that lives on."""
+    out = tmp_path_factory.mktemp("away") / "town"
+    elsewhere = ["--name", "elsewhere", *AWAY, "--num-cpus", "1", "synthesize", "--workers", "1", "--out", str(out)]
+    with ours.cluster.node(NODE):
+        lives = begin(ours, *elsewhere, "--pairs", "400")
+        await_true(lambda: lives.poll() is not None or len(list(out.rglob("*.jpg"))) > 4)
+        lost = begin(ours, *ours.training("restarted"))
+        await_true(lambda: lost.poll() is not None or len(checkpoints(ours, "restarted")) > 1)
+        ours.cluster.kill_head()
+        ours.cluster.start_head_again()
+        yield SimpleNamespace(lives=lives.end(), lost=lost.end())
+
+
+def test_a_job_that_was_lost_with_the_head_is_submitted_again_and_equals_one_that_was_not(ours, straight, restarted):
+    code, result, err = restarted.lost
+    assert code == 0, err
+    assert "does not answer; waiting for it" in err
+    assert err.count("was lost with its node") == 1
+    expected = straight[1]
+    assert {key: result[key] for key in ("digest", "epochs_done")} == {
+        key: expected[key] for key in ("digest", "epochs_done")
+    }
+    recalls = {key: value for key, value in expected.items() if key.startswith("recall")}
+    assert recalls
+    assert {key: result[key] for key in recalls} == recalls
+    torch.testing.assert_close(weights(ours, "restarted"), weights(ours, "straight"), rtol=0, atol=0)
+
+
+def test_a_job_that_lives_through_it_is_shown_on_with_nothing_lost_or_twice(ours, restarted):
+    code, result, err = restarted.lives
+    assert code == 0, err
+    assert result["num_written"] == 400
+    assert "answers again" in err
+    own = [line for line in err.splitlines() if "http://" not in line and "its log cannot be read" not in line]
+    written = ours.cluster.log_of("elsewhere").splitlines()
+    assert own == written[-len(own) :]
+    assert written[-len(own) - 1 : -len(own)] in ([], [written[0]])  # Ray's own line from before the job
+
+
+def test_what_has_finished_before_is_found_again_with_its_result(ours, straight, restarted):
+    code, result, err = begin(ours, *ours.training("straight")).end()
+    assert (code, result) == (0, straight[1])
+    assert "is the same request and has finished" in err
+
+
+def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight, restarted):
+    submitted = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
+    with ours.cluster.node(NODE):
+        following = begin(ours, *submitted)
+        await_true(lambda: following.poll() is not None or len(checkpoints(ours, "moved")) > 1)
+    with ours.cluster.node(NODE):
+        code, result, err = following.end()
+    assert code == 0, err
+    assert err.count("was lost with its node") == 1
+    assert result["epochs_done"] == straight[1]["epochs_done"]
+    torch.testing.assert_close(weights(ours, "moved"), weights(ours, "straight"), rtol=0, atol=0)
