@@ -17,7 +17,7 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as execution_context
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup
@@ -30,6 +30,7 @@ from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
 from jobs.leaving import ROOM, Leaving
+from jobs.process_group import ProcessGroup
 from jobs.progress import Metrics
 from jobs.room import await_room
 from pipeline.storage import Store
@@ -90,7 +91,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
     trainer = _Trainer(
         _run_worker,
         train_loop_config={"config": to_plain(config), **settings},
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if train.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,

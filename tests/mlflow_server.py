@@ -17,11 +17,12 @@ class MlflowServer:
     It runs the application that `mlflow server` runs, without the seconds that its command line takes.
     """
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, *, host: str = "127.0.0.1") -> None:
+        self.host = host
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((host, 0))
             self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.uri = f"http://{host}:{self.port}"
         self._environment = {
             **os.environ,
             "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{database}",
@@ -36,7 +37,8 @@ class MlflowServer:
 
     def start(self) -> None:
         """Start it; `wait` until it answers."""
-        command = [sys.executable, "-m", "uvicorn", "--port", str(self.port), "mlflow.server.fastapi_app:app"]
+        where = ["--host", self.host, "--port", str(self.port)]
+        command = [sys.executable, "-m", "uvicorn", *where, "mlflow.server.fastapi_app:app"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
@@ -61,4 +63,4 @@ class MlflowServer:
 
     def _answers(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex((self.host, self.port)) == 0

@@ -5,13 +5,15 @@
 #   infra/objectstore/radosgw.sh stop DIR                   # the same `start` goes on with what is stored
 #   infra/objectstore/radosgw.sh check                      # are the packages there?
 #
-# Everything lies below DIR (about 200 MB of it, and what is stored) and listens on 127.0.0.1. Several can run: PORT is
-# the gateway's, PORT + 1 the monitor's, unless MON_PORT names another. It needs neither systemd nor root, only Debian's
-# packages: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common
+# Everything lies below DIR (about 200 MB of it, and what is stored) and listens on 127.0.0.1; the gateway, which asks
+# for keys, on another address of this machine if ADDRESS names one. Several can run: PORT is the gateway's, PORT + 1
+# the monitor's, unless MON_PORT names another. It needs neither systemd nor root, only Debian's packages:
+# apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common
 # Not for data that matters: one copy, no authentication between Ceph's own processes.
 set -euo pipefail
 
 readonly WAIT_S=120
+ADDRESS=${ADDRESS:-127.0.0.1}
 
 fail() {
   echo "radosgw.sh: $*" >&2
@@ -30,8 +32,8 @@ need_packages() {
   done
 }
 
-is_open() {  # port
-  (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+is_open() {  # port [address]
+  (exec 3<>"/dev/tcp/${2:-127.0.0.1}/$1") 2>/dev/null
 }
 
 write_configuration() {  # dir port mon_port
@@ -72,7 +74,7 @@ bluestore_cache_size = $((128 << 20))
 [client]
 ms_mon_client_mode = crc
 rgw_data = $1/rgw
-rgw_frontends = beast endpoint=127.0.0.1:$2
+rgw_frontends = beast endpoint=$ADDRESS:$2
 rgw_enable_usage_log = false
 CONF
 }
@@ -100,13 +102,15 @@ start() {  # dir port
   dir=$(cd "$1" && pwd)
   if [[ -e $dir/environment ]]; then
     mon_port=$(sed -n 's/^mon_host = v2:127.0.0.1://p' "$dir/ceph.conf")
-    grep -q "endpoint=127.0.0.1:$port\$" "$dir/ceph.conf" || fail "$dir was begun with another PORT:" \
-      "$(sed -n 's/.*endpoint=127.0.0.1://p' "$dir/ceph.conf")"
+    grep -q "endpoint=$ADDRESS:$port\$" "$dir/ceph.conf" || fail "$dir was begun with another ADDRESS:PORT:" \
+      "$(sed -n 's/.*endpoint=//p' "$dir/ceph.conf")"
   elif [[ -n $(ls -A "$dir") ]]; then
     fail "$dir is not empty; name a new folder, or stop what runs there and delete it"
   fi
   for number in "$port" "$mon_port"; do
-    ! is_open "$number" || fail "port $number is taken; choose another PORT, or MON_PORT for the monitor's"
+    if is_open "$number" || is_open "$number" "$ADDRESS"; then
+      fail "port $number is taken; choose another PORT, or MON_PORT for the monitor's"
+    fi
   done
   secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   # shellcheck disable=SC2064  # the folder of now
@@ -126,7 +130,7 @@ start() {  # dir port
 
 write_environment() {  # port secret
   cat <<EXPORTS
-export AWS_ENDPOINT_URL=http://127.0.0.1:$1
+export AWS_ENDPOINT_URL=http://$ADDRESS:$1
 export AWS_ACCESS_KEY_ID=cvft
 export AWS_SECRET_ACCESS_KEY=$2
 export AWS_REGION=us-east-1
@@ -149,7 +153,7 @@ start_daemons() {  # dir mon_port secret
 
 wait_for_gateway() {  # dir port
   local deadline=$((SECONDS + WAIT_S))
-  until is_open "$2"; do
+  until is_open "$2" "$ADDRESS"; do
     ((SECONDS < deadline)) || fail "the gateway does not listen on port $2; see $1/client.rgw.log"
     sleep 0.2
   done
