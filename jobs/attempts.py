@@ -46,9 +46,17 @@ class Claim:
             TakenOverError: It is not.
             StoreError: The store cannot be read.
         """
-        found = self.store.read_versioned(ATTEMPT_FILE)
-        if found is None or found[0] != self.encode():
+        if not self.is_last():
             raise _taken_over(self.store)
+
+    def is_last(self) -> bool:
+        """Tell whether this is the last claim.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        found = self.store.read_versioned(ATTEMPT_FILE)
+        return found is not None and found[0] == self.encode()
 
     def encode(self) -> bytes:
         """Return the file's content."""

@@ -91,6 +91,8 @@ class TrainConfig:
             checkpoints, the training goes on; while it is that of a shard that is needed now, it waits.
         max_failures: Times that a lost worker or node restarts the workers from the last checkpoint. Nodes that say
             beforehand that they go do not count.
+        collective_timeout_s: Time that a worker waits for the others, one of which may hang or be out of its reach;
+            then all start again from the last checkpoint. Must exceed `store_patience_s`.
         preemption_check_every_steps: Ask whether a node has said that it goes each so many steps; the workers then save
             at that very step and start again on the other nodes.
         resize_after_s: Elastic training grows when there has been room for another worker for so long.
@@ -119,6 +121,7 @@ class TrainConfig:
     keep_last: int = 2
     store_patience_s: float = 600.0
     max_failures: int = 3
+    collective_timeout_s: int = 1800
     preemption_check_every_steps: int = 10
     resize_after_s: float = 60.0
     activation_checkpointing: bool = False
@@ -152,6 +155,9 @@ class TrainConfig:
         require(is_range, f"workers: [{least}, {most}] must rise from the least to the most workers")
         require(size >= most, f"batch_size: {size} leaves some of train.workers={most} without a pair")
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must not be negative")
+        waits, patience = self.collective_timeout_s, self.store_patience_s
+        is_enough = most == 1 or waits > patience  # one may wait for the store so long, and the others for it
+        require(is_enough, f"collective_timeout_s: {waits} must exceed store_patience_s={patience:g}")
         require(self.resize_after_s >= 0, f"resize_after_s: {self.resize_after_s} must not be negative")
 
     @property

@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+
+from jobs.losses import NotMetError
 
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -41,14 +42,20 @@ class MeetingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no type hi
         """Set the process group up on all workers.
 
         Raises:
-            WorkerGroupError: They did not meet.
+            NotMetError: They did not find each other.
         """
         try:
             worker_group.execute(_choose_interface)
             super().on_start(worker_group, backend_config)
         except RayTaskError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise WorkerGroupError(f"the workers did not meet: {reason}", {0: error}) from error
+            raise NotMetError(reason, {0: error}) from error
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """End the process group, unless a worker failed: all are killed then, and one that hangs is not waited for."""
+        status = worker_group.get_latest_poll_status()
+        if status is None or not status.errors:
+            super().on_shutdown(worker_group, backend_config)
 
 
 def _choose_interface() -> None:

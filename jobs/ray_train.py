@@ -24,12 +24,13 @@ from ray.util.placement_group import PlacementGroup
 
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
-from cvft.errors import CvftError, TrainingError
+from cvft.errors import ClusterError, CvftError, TrainingError
 from jobs import attempts, pictures, tracked, worker
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
 from jobs.leaving import ROOM, Leaving
+from jobs.losses import Losses, describe_failures, is_loss, waiting_is_told
 from jobs.process_group import ProcessGroup
 from jobs.progress import Metrics
 from jobs.room import await_room
@@ -50,7 +51,8 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
         is_trial: Called within a trial of Tune, which is told of every evaluation once its checkpoint is durable.
 
     Raises:
-        ClusterError: The cluster has no room for the workers, and never will.
+        ClusterError: The cluster has no room for the workers, and never will; or workers were lost more often than
+            `train.max_failures` allows.
         TakenOverError: The same run was started again elsewhere, and goes on there.
         TrainingError: A worker met an error that no restart can mend; the message is its own.
     """
@@ -66,13 +68,21 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
         workers = f"train.workers={config.train.min_workers}"
         resources, labels = _resources(config.train), config.train.node_labels
         await_room(config.train.min_workers, resources, what=workers, labels=labels)
+        told = contextlib.nullcontext() if is_trial else waiting_is_told(labels)  # trials of a search wait for others
         try:
-            while reason := _fit(config, {**settings, "room_s": room_s}):
-                LOGGER.info("starting the workers again from the checkpoint they left")
-                if reason == ROOM:
-                    room_s *= 2  # where there was none after all, it is tried ever more rarely
-        except ray.train.TrainingFailedError:
+            with told:
+                while reason := _fit(config, {**settings, "room_s": room_s}):
+                    LOGGER.info("starting the workers again from the checkpoint they left")
+                    if reason == ROOM:
+                        room_s *= 2  # where there was none after all, it is tried ever more rarely
+        except ray.train.TrainingFailedError as error:
             _raise_what_ended_it(store, attempt)
+            if is_loss(error):
+                what = describe_failures(error.worker_failures)
+                raise ClusterError(
+                    f"{what}; train.max_failures={config.train.max_failures} are used up: the same command goes on "
+                    "from the newest checkpoint"
+                ) from error
             raise
     _raise_what_ended_it(store, attempt)
 
@@ -88,10 +98,11 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
     """Train until it is over or the workers leave; return why they left, "" where it is over."""
     filesystem, path = Store.from_uri(config.folder).arrow
     train = config.train
+    reports = [TuneReportCallback()] if settings["is_durable"] else []
     trainer = _Trainer(
         _run_worker,
         train_loop_config={"config": to_plain(config), **settings},
-        torch_config=ProcessGroup(backend="nccl" if train.use_gpu else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if train.use_gpu else "gloo", timeout_s=train.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,
@@ -104,7 +115,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[TuneReportCallback()] if settings["is_durable"] else [],
+            callbacks=[Losses(max_failures=train.max_failures), *reports],
         ),
     )
     return str(trainer.fit().return_value)
@@ -164,8 +175,10 @@ def _run_worker(settings: dict[str, Any]) -> str:
         resources=_resources(config.train),
         room_s=settings["room_s"],
     )
+    mine = attempts.Claim(store, settings["attempt"])
     try:
-        guard = attempts.claim(store, settings["attempt"]).check if is_first else None
+        group = from_rank_0(lambda: attempts.claim(store, settings["attempt"]).group)
+        mine = dataclasses.replace(mine, group=group)
         with contextlib.ExitStack() as stack:
             record = stack.enter_context(tracked.Recorder(config, run, device)) if is_first else None
 
@@ -180,7 +193,7 @@ def _run_worker(settings: dict[str, Any]) -> str:
                 on_epoch=on_epoch,
                 on_step=None if record is None else record.on_step,
                 should_leave=leaving,
-                guard=guard,
+                guard=mine.check if is_first else None,
                 on_saved=None if record is None else record.on_saved,
                 is_durable=settings["is_durable"],
             )
@@ -189,7 +202,15 @@ def _run_worker(settings: dict[str, Any]) -> str:
     except attempts.TakenOverError:
         raise
     except CvftError as error:
-        if attempts.is_current(store, settings["attempt"]):
-            store.write_bytes(_USER_ERROR_FILE, json.dumps({"message": str(error)}).encode())
+        _tell(error, mine)
         raise
     return "" if is_over else leaving.reason
+
+
+def _tell(error: CvftError, mine: attempts.Claim) -> None:
+    """Leave an error that no restart can mend to the driver.
+
+    A host that was cut off may come back with one, that it did not reach the store, when others have long gone on.
+    """
+    if mine.is_last() if mine.group else attempts.is_current(mine.store, mine.attempt):
+        mine.store.write_bytes(_USER_ERROR_FILE, json.dumps({"message": str(error)}).encode())

@@ -61,6 +61,11 @@ def can_add_nodes() -> bool:
     return _Status.now().has_autoscaler
 
 
+def describe_room(labels: Mapping[str, str]) -> str:
+    """Say in one line what the cluster has, what of it is free, and whether more comes."""
+    return _Status.now().describe(labels)
+
+
 @dataclass(frozen=True)
 class _Wanted:
     number: int

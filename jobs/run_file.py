@@ -31,6 +31,7 @@ FREE_KEYS = (
     "train.use_gpu",
     "train.node_labels",
     "train.max_failures",
+    "train.collective_timeout_s",
     "train.preemption_check_every_steps",
     "train.resize_after_s",
     "tracking.uri",

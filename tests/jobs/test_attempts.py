@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 import pytest
 
+from cvft.errors import StoreError
 from jobs import attempts, tracked, train
 from jobs.attempts import TakenOverError
 from jobs.run_file import RUN_FILE
@@ -82,3 +83,14 @@ def test_a_training_that_another_driver_takes_over_publishes_nothing_more_and_le
     assert max(steps) <= 6  # three steps an epoch
     run = Run(**json.loads(store.read_bytes(RUN_FILE))["run"])
     assert run.client.get_run(run.run_id).info.status == "RUNNING"  # for the other driver
+
+
+def test_an_error_of_workers_that_were_cut_off_does_not_end_those_that_go_on(store):
+    ray_train = pytest.importorskip("jobs.ray_train")
+    driver = attempts.begin_attempt(store)
+    cut_off = attempts.claim(store, driver)
+    going_on = attempts.claim(store, driver)
+    ray_train._tell(StoreError("the store was away"), cut_off)
+    assert not store.exists("user_error.json")
+    ray_train._tell(StoreError("a shard is missing"), going_on)
+    assert json.loads(store.read_bytes("user_error.json")) == {"message": "a shard is missing"}
