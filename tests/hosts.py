@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,8 @@ def hosts(out: Path, folder: Path) -> Iterator[dict[str, str]]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))
     }
-    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "ADDRESS": THIS_MACHINE, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # the nodes take the code that is sent
+    environment |= {"PYTHON": sys.executable, "ADDRESS": THIS_MACHINE, "OMP_NUM_THREADS": "1"}
     environment |= {f"RAY_health_check_{name}_ms": value for name, value in HEALTH.items()}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("RAY_health_check_")}
     (out / "mlflow-hosts.db").unlink(missing_ok=True)
@@ -58,6 +62,8 @@ def hosts(out: Path, folder: Path) -> Iterator[dict[str, str]]:
         stack.callback(server.kill)
         server.wait()
         yield environment | {"MLFLOW_TRACKING_URI": server.uri}
+    for name in (folder, Path(f"{folder}-store")):  # where it went wrong, the logs stay
+        shutil.rmtree(name)
 
 
 class Job(threading.Thread):
@@ -96,7 +102,7 @@ class Job(threading.Thread):
 
     def ranks(self) -> dict[int, str]:
         """Which host each rank of the newest group is on."""
-        groups = [number for number, (_, line) in enumerate(self.lines) if "Started training worker group" in line]
+        groups = [0, *(number for number, (_, line) in enumerate(self.lines) if "Started training worker" in line)]
         pattern = re.compile(r"\(ip=([\d.]+), pid=\d+\) world_rank=(\d+)")
         found = (pattern.search(line) for _, line in self.lines[groups[-1] :])
         return {int(match[2]): ADDRESSES[match[1]] for match in found if match}
@@ -147,19 +153,22 @@ class Nodes(threading.Thread):
         self.is_over = threading.Event()
 
     def run(self) -> None:
-        from ray.util.state import list_nodes  # noqa: PLC0415 (reads the environment)
-
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+        nodes = f"{os.environ['RAY_API_SERVER_ADDRESS']}/api/v0/nodes?detail=1"
+        request = urllib.request.Request(nodes, headers={"Authorization": f"Bearer {token}"})
         while not self.is_over.wait(0.5):
-            self.nodes = list_nodes(address=os.environ["RAY_API_SERVER_ADDRESS"], detail=True)
-            alive = [ADDRESSES[node.node_ip] for node in self.nodes if node.state == "ALIVE" and not node.is_head_node]
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                found = json.load(reply)["data"]["result"]["result"]
+            self.nodes = [node for node in found if node["node_ip"] in ADDRESSES]
+            alive = [ADDRESSES[node["node_ip"]] for node in self.nodes if node["state"] == "ALIVE"]
             self.samples.append((time.time(), {host: alive.count(host) for host in ADDRESSES.values()}))
 
     def lost_s(self, host: str, after_s: float) -> float | None:
         """When Ray gave a host up."""
-        ends = (node.end_time_ms / 1000 for node in self.nodes if ADDRESSES.get(node.node_ip) == host)
+        ends = (node["end_time_ms"] / 1000 for node in self.nodes if ADDRESSES[node["node_ip"]] == host)
         return next((end for end in sorted(ends) if end > after_s), None)
 
     def back_s(self, host: str, after_s: float) -> float | None:
         """When a host was a node again."""
-        nodes = (node for node in self.nodes if ADDRESSES.get(node.node_ip) == host and node.state == "ALIVE")
-        return next((node.start_time_ms / 1000 for node in nodes if node.start_time_ms / 1000 > after_s), None)
+        starts = (node["start_time_ms"] / 1000 for node in self.nodes if ADDRESSES[node["node_ip"]] == host)
+        return next((start for start in sorted(starts) if start > after_s), None)

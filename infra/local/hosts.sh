@@ -8,6 +8,7 @@
 #   infra/local/hosts.sh cut DIR HOST OTHER   # only these two do not reach each other
 #   infra/local/hosts.sh mend DIR          # give all links back
 #   infra/local/hosts.sh stop DIR          # end everything, each process by its number; DIR can be deleted then
+#   infra/local/hosts.sh check             # is what it needs there?
 #
 # It needs Linux, root and iproute2 (Debian: apt-get install --no-install-recommends iproute2). A Ray node that ends is
 # started again, as a service manager or KubeRay does. This machine is SUBNET.254 to the hosts: a store or an MLflow
@@ -20,7 +21,7 @@
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-readonly HERE WAIT_S=90 MARK=CVFT_HOSTS_DIR BRIDGE=cvft
+readonly HERE WAIT_S=180 MARK=CVFT_HOSTS_DIR BRIDGE=cvft
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=$HERE/../../.venv/bin/python
   [[ -x $PYTHON ]] || PYTHON=$(command -v python3)
@@ -35,7 +36,7 @@ fail() {
 }
 
 usage() {
-  fail "usage: $0 start DIR | on DIR HOST CMD... | cut DIR HOST [OTHER] | mend DIR | stop DIR"
+  fail "usage: $0 start DIR | on DIR HOST CMD... | cut DIR HOST [OTHER] | mend DIR | stop DIR | check"
 }
 
 need() {
@@ -75,7 +76,7 @@ start() {  # dir
   (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$dir/token")
   make_network
   run_node "$dir" head
-  wait_for "$dir" head
+  wait_for_head "$dir"
   for host in $HOSTS; do run_node "$dir" "$host"; done
   trap - EXIT
   cat >"$dir/exports" <<EXPORTS
@@ -137,11 +138,13 @@ node() {  # dir host address: keep a node running; called on the host itself
   done
 }
 
-wait_for() {  # dir host: its dashboard
-  local deadline=$((SECONDS + WAIT_S))
-  until (exec 3<>"/dev/tcp/$SUBNET.1/8265") 2>/dev/null; do
-    ((SECONDS < deadline)) || fail "the head's dashboard does not listen; see $1/head.log"
-    sleep 0.2
+wait_for_head() {  # dir: its dashboard, and the last of its parts, without which it ends
+  local port deadline=$((SECONDS + WAIT_S))
+  for port in 8265 10001; do
+    until (exec 3<>"/dev/tcp/$SUBNET.1/$port") 2>/dev/null; do
+      ((SECONDS < deadline)) || fail "the head does not listen on port $port; see $1/head.log"
+      sleep 0.2
+    done
   done
 }
 
@@ -209,5 +212,6 @@ case "${1:-}:$#" in
   cut:3 | cut:4) in_folder cut_off "${@:2}" ;;
   mend:2) in_folder mend "$2" ;;
   stop:2) in_folder stop "$2" ;;
+  check:1) ;;
   *) usage ;;
 esac

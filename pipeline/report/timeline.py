@@ -47,6 +47,7 @@ def timeline_figure(
     stages: Sequence[Stage],
     losses: Sequence[Loss] = (),
     title: str = "Nodes of the cluster while jobs run",
+    loss: str = "a node is killed",
     theme: Theme = LIGHT,
 ) -> Figure:
     """Draw the number of nodes over time.
@@ -56,6 +57,7 @@ def timeline_figure(
         stages: Jobs, in the order of time.
         losses: Nodes that were lost.
         title: The heading.
+        loss: What happened to those that were lost.
         theme: Colours.
     """
     figure = new_figure(width_px=_WIDTH_PX, height_px=_HEIGHT_PX, background=theme.background)
@@ -72,11 +74,11 @@ def timeline_figure(
         axes.axvspan(stage.began_s, stage.ended_s, color=theme.grid, alpha=0.55, linewidth=0, zorder=0)
         middle = (stage.began_s + stage.ended_s) / 2
         axes.text(middle, highest + 0.62, stage.name, ha="center", va="top", fontsize=10, color=theme.ink)
-    for number, loss in enumerate(losses):
-        label = "a node is killed" if number == 0 else None
-        height = _number_at(samples, loss)
+    for number, lost in enumerate(losses):
+        label = loss if number == 0 else None
+        height = _number_at(samples, lost)
         axes.plot(
-            loss.at_s, height, marker="X", markersize=10, color=WRONG_AHEAD, linestyle="none", label=label, zorder=4
+            lost.at_s, height, marker="X", markersize=10, color=WRONG_AHEAD, linestyle="none", label=label, zorder=4
         )
     style_axes(axes, theme=theme, title=title, x_label="seconds", y_label="nodes")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ CONFIGURATION = [
     "tracking.log_every_steps=1",
 ]
 TOLERANCE = 1e-5
+TITLE = "Hosts that Ray takes for alive"
 
 
 def reference(out: Path) -> int:
@@ -84,7 +86,7 @@ class Cuts:
     def cut(self, kind: str, *, after_step: int) -> None:
         """Do one, and wait until the training goes on."""
         job = self._job
-        job.wait_for(lambda: job.found("Started training") and self._step() >= after_step)
+        job.wait_for(lambda: len(job.ranks()) == 2 and self._step() >= after_step)
         ranks = job.ranks()
         host = ranks[0 if kind == "writer" else 1]
         began = time.time()
@@ -97,7 +99,8 @@ class Cuts:
         if kind in ("away", "writer", "rest"):
             self._note("lost_s", job.wait_for(lambda: self._nodes.lost_s(host, began)))
         if kind == "rest":
-            self._note("on_the_rest_s", job.wait_for(lambda: self._going_on(began)))
+            told = began + self.done[-1]["told_s"]
+            self._note("on_the_rest_s", job.wait_for(lambda: self._going_on(told)))
             step = self._step() + 15
             job.wait_for(lambda: self._step() >= step)
         mended = time.time()
@@ -107,7 +110,10 @@ class Cuts:
             self._note("node_back_s", job.wait_for(lambda: self._nodes.back_s(host, began)))
         if kind != "short":
             since = mended if kind == "rest" else began
-            self._note("started_s", job.wait_for(lambda: job.found("worker group of size 2: ", after_s=since))[0])
+            self._note(
+                "started_s",
+                job.wait_for(lambda: job.found("Started training worker group of size 2", after_s=since))[0],
+            )
             since = began + self.done[-1]["started_s"]
         else:
             since = mended
@@ -189,7 +195,7 @@ def history(uri: str, name: str) -> list[tuple[int, float]]:
 
 def judge(out: Path, results: dict[str, Any], samples: list[tuple[float, dict[str, int]]]) -> int:
     expected = Final.of(Runs(out / "runs", []), "reference")
-    logged = history(f"sqlite:///{out}/mlflow.db", "reference")
+    logged = sorted(history(f"sqlite:///{out}/mlflow.db", "reference"))
     num_bytes = 4 * sum(weight.numel() for weight in expected.weights.values())
     checks, shown = {}, {}
     for name, result in results.items():
@@ -197,7 +203,7 @@ def judge(out: Path, results: dict[str, Any], samples: list[tuple[float, dict[st
         loss, weight = final.differences(expected)
         steps = [step for step, _ in result["mlflow"]]
         published = [step for _, step in result["published"]]
-        started = [line for _, line in result["log"] if "Started training worker group" in line]
+        started = [line for _, line in result.pop("log") if "Started training worker group" in line]
         checks[name] = {
             "ended_well": result["exit_code"] == 0,
             "same": final.equals(expected) if name == "fixed" else max(loss, weight) <= TOLERANCE,
@@ -225,9 +231,7 @@ def draw(out: Path, results: dict[str, Any], samples: list[tuple[float, dict[str
     stages = [Stage(name, result["began"] - began, result["ended"] - began) for name, result in results.items()]
     losses = [Loss(cut["at"] - began, cut["host"]) for result in results.values() for cut in result["cuts"]]
     alive = [(at - began, nodes) for at, nodes in samples]
-    timeline_figure(alive, stages=stages, losses=losses, title="Hosts that Ray takes for alive").savefig(
-        out / "hosts.png"
-    )
+    timeline_figure(alive, stages=stages, losses=losses, title=TITLE, loss="a link is cut").savefig(out / "hosts.png")
 
 
 def main() -> int:
@@ -238,9 +242,14 @@ def main() -> int:
         "--folder", type=Path, default=Path("/tmp/cvft-hosts"), help="of the hosts; its path must be short"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the hosts are taken down, whatever ends this
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    return reference(out) if options.what == "reference" else cut(out, options.folder)
+    if options.what == "reference":
+        return reference(out)
+    if (lack := subprocess.run([HOSTS, "check"], check=False).returncode) != 0:
+        return lack
+    return cut(out, options.folder)
 
 
 if __name__ == "__main__":
