@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import TrainingFailedError, UserCallback, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import CollectiveTimeoutError, WorkerHealthCheckFailedError
 from ray.util.placement_group import placement_group_table
 
 from jobs.entry import LINE_INTERVAL_S, LOGGER
@@ -80,6 +80,8 @@ def _describe(error: Exception) -> str:
 
 
 def _cause(error: Exception) -> Exception:
+    if isinstance(error, RayTaskError):
+        return error.cause
     return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
 
 
@@ -89,8 +91,9 @@ def _is_preempted(error: Exception) -> bool:
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """Tell whether a collective failed: gloo has no type of error for it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Tell whether a collective failed, torch's or Ray's: gloo has no type of error for it."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return is_of_gloo or isinstance(_cause(error), (dist.DistError, CollectiveTimeoutError))
 
 
 @contextlib.contextmanager

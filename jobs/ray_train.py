@@ -64,6 +64,8 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
     if config.train.min_workers < config.train.max_workers:
         # Ray's view of the cluster may be 20 s old: do not wait much longer for room on a node that is lost.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
+    # Workers also meet in an actor of Ray's, to be told alike, where it would have them wait for ever.
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.train.collective_timeout_s)
     with ray_session(num_cpus=config.train.max_workers):
         workers = f"train.workers={config.train.min_workers}"
         resources, labels = _resources(config.train), config.train.node_labels
