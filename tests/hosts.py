@@ -25,7 +25,7 @@ THIS_MACHINE, STORE_PORT = "10.77.0.254", "9400"
 ADDRESSES = {"10.77.0.11": "a", "10.77.0.12": "b"}
 HEALTH = {"period": "1000", "timeout": "1500", "initial_delay": "2000"}
 WAYS = (("REQUEST", "CALCULATION"), ("RESPONSE", "VALIDATION"))
-LIMIT_S = 150.0
+LIMIT_S = 400.0
 
 
 def traffic() -> dict[str, int]:

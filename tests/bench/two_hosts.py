@@ -110,10 +110,8 @@ class Cuts:
             self._note("node_back_s", job.wait_for(lambda: self._nodes.back_s(host, began)))
         if kind != "short":
             since = mended if kind == "rest" else began
-            self._note(
-                "started_s",
-                job.wait_for(lambda: job.found("Started training worker group of size 2", after_s=since))[0],
-            )
+            started = "Started training worker group of size 2"
+            self._note("started_s", job.wait_for(lambda: job.found(started, after_s=since))[0])
             since = began + self.done[-1]["started_s"]
         else:
             since = mended
@@ -139,27 +137,13 @@ def cut(out: Path, folder: Path) -> int:
     """Train on the hosts, twice, with mishaps, and compare."""
     with hosts(out, folder) as environment:
         bucket, nodes = Bucket(), Nodes()
-        shards = [
-            "-m",
-            "jobs.shard",
-            "--root",
-            str(out / "town"),
-            "--store",
-            "s3://cvft/data",
-            "--pairs-per-shard",
-            "12",
-        ]
-        alone = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
-        command = [sys.executable, *shards]
-        subprocess.run(command, cwd=ROOT, env=alone | {"RAY_AUTH_MODE": "disabled"}, stdout=sys.stderr, check=True)
+        bucket.put(out / "data")
         nodes.start()
         results = {}
         plans = {"fixed": {"short": 20, "away": 50, "writer": 90, "apart": 130}, "elastic": {"rest": 40}}
         for name, plan in plans.items():
-            before, job = (
-                traffic(),
-                Job(name, training(name, environment), out=out, folder=folder, environment=environment),
-            )
+            before = traffic()
+            job = Job(name, training(name, environment), out=out, folder=folder, environment=environment)
             cuts = Cuts(folder, job, bucket, nodes)
             for kind, step in plan.items():
                 cuts.cut(kind, after_step=step)

@@ -3,7 +3,6 @@
 `tests/bench/chaos_training.py` does so many times, on a cluster of several nodes, and kills drivers too.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from cvft.errors import ClusterError
 from tests.jobs.conftest import NO_PICTURES, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -99,18 +97,3 @@ def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps
     assert spot_node not in {line["node"] for line in runs.steps("disturbed")[-2:]}
     assert runs.num_wasted("disturbed") == wasted_by_the_kill <= 4
     assert mishaps.Final.of(runs, "disturbed").equals(mishaps.Final.of(runs, "undisturbed"))
-
-
-def test_a_worker_that_hangs_is_not_waited_for_and_the_same_command_goes_on(mishaps, runs):
-    further = ["train.max_failures=0", "train.store_patience_s=1", "train.collective_timeout_s=4"]
-    training = mishaps.Training(runs, "hung", 2, further=further)
-    (hung,) = (line["pid"] for line in training.wait_for_step(2) if line["rank"] == 1)
-    os.kill(hung, signal.SIGSTOP)
-    try:
-        with pytest.raises(ClusterError, match=r"rank 0 met .*(gloo|Timeout).*train\.max_failures=0 are used up"):
-            training.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(hung, signal.SIGKILL)
-    mishaps.Training(runs, "hung", 2, further=further).wait()
-    assert mishaps.Final.of(runs, "hung").equals(mishaps.Final.of(runs, "undisturbed"))
