@@ -10,7 +10,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch.distributed as dist
@@ -81,8 +81,8 @@ def _describe(error: Exception) -> str:
 
 def _cause(error: Exception) -> Exception:
     if isinstance(error, RayTaskError):
-        return error.cause
-    return error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+        return cast(Exception, error.cause)
+    return cast(Exception, error.health_check_failure) if isinstance(error, WorkerHealthCheckFailedError) else error
 
 
 def _is_preempted(error: Exception) -> bool:

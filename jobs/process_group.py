@@ -26,7 +26,7 @@ _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass
-class ProcessGroup(TorchConfig):
+class ProcessGroup(TorchConfig):  # type: ignore[misc]  # Ray has no type hints here
     """Ray's own, with our way of meeting."""
 
     @property
@@ -69,5 +69,5 @@ def interface_of(address: str) -> str | None:
     """Return the name of the network interface that has an address, or none (the address is translated on its way)."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
-            return name
+            return str(name)
     return None
