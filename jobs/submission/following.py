@@ -95,12 +95,8 @@ class Follower:
     def _say_what_for(self, attempt: Attempt) -> None:
         if waiting.never_holds(self._server, attempt):
             self._server.stop(attempt.id)
-            wanted = " + ".join(
-                [f"{amount:g} {name}" for name, amount in attempt.needs.items()]
-                + [f"a node with {key}={value}" for key, value in attempt.labels.items()]
-            )
             raise ClusterError(
-                f"{attempt.id}: no node that {self._server.address} has or adds holds {wanted}; "
+                f"{attempt.id}: no node that {self._server.address} has or adds holds {waiting.asked_of(attempt)}; "
                 "ask for less by --num-cpus and --num-gpus, or for other nodes by --label"
             )
         if self._is_time_to_speak():

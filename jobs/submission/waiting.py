@@ -23,10 +23,16 @@ _NUM_NAMED = 4
 _MOST = 1000  # of a kind that are looked at
 
 
+def asked_of(attempt: Attempt) -> str:
+    """Say what a job asks for, for its own process; "" for nothing."""
+    needs = " + ".join(f"{amount:g} {name}" for name, amount in attempt.needs.items())
+    node = "a node with " + ", ".join(f"{key}={value}" for key, value in attempt.labels.items())
+    return " on ".join([*([needs] if needs else []), *([node] if attempt.labels else [])])
+
+
 def describe(server: JobServer, attempt: Attempt) -> str:
     """Say what a job that has not begun asks for, which jobs hold that, and which nodes are coming."""
-    needs = " + ".join(f"{amount:g} {name}" for name, amount in attempt.needs.items())
-    said = [needs or "Ray to start it"]
+    said = [asked_of(attempt) or "Ray to start it"]
     nodes = _nodes(server)
     for name in attempt.needs:
         total, held = sum(node["resources_total"].get(name, 0.0) for node in nodes), _holders(server, name)

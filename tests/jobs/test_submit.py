@@ -93,7 +93,7 @@ def test_what_no_node_can_hold_is_refused_at_once(ask):
     ("given", "told"),
     [
         ({"RAY_AUTH_TOKEN": "0" * 64}, "(Authentication failed: Forbidden: Invalid authentication token)"),
-        ({"RAY_AUTH_MODE": "disabled"}, "(Authentication failed: Unauthorized: Missing authentication token)"),
+        ({"RAY_AUTH_MODE": "disabled"}, "(Authentication required: Unauthorized: Missing authentication token)"),
         ({"RAY_AUTH_TOKEN_PATH": "/no/token"}, "/no/token"),
     ],
 )

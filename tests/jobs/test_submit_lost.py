@@ -76,7 +76,7 @@ def test_a_full_queue_says_who_holds_the_room(ours, tmp_path):
 
 @pytest.mark.parametrize(
     ("asks", "wanted"),
-    [(["--num-cpus", "64"], "64 CPU"), ([*AWAY, "--num-cpus", "0"], "a node with where=away")],
+    [(["--num-cpus", "64"], "64 CPU"), (["--label", "where=mars"], "1 CPU on a node with where=mars")],
 )
 def test_what_no_node_there_holds_is_refused_at_once(ours, asks, wanted):
     code, _, err = begin(ours, *asks, "verify", "--manifest", "/no/store").end()
