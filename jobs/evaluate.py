@@ -15,7 +15,9 @@ from cvft.errors import ConfigError
 from jobs import entry, metrics
 from jobs.cluster import on_a_node
 from jobs.config import read_overrides
+from jobs.models import named_checkpoint
 from jobs.node_labels import add_node_label, parse_labels
+from jobs.tracking_config import default_uri
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
 from pipeline.report.charts import RECALLS
 
@@ -28,7 +30,11 @@ _FOV_HELP = (
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what is measured on what."""
-    parser.add_argument("--checkpoint", required=True, help="path or URI of a checkpoint")
+    what = "path or URI of a checkpoint, or models:/NAME@ALIAS or models:/NAME/VERSION of a registered model"
+    parser.add_argument("--checkpoint", required=True, help=what)
+    parser.add_argument(
+        "--tracking-uri", default=default_uri(), help="where MLflow keeps registered models (default: %(default)s)"
+    )
     parser.add_argument("--manifest", required=True, help="path or URI of the store, or of one of its manifests")
     parser.add_argument("--split", default="val", help="which pairs (default: val)")
     parser.add_argument("--train-split", default="train", help="split that leaks are counted against (default: train)")
@@ -78,9 +84,14 @@ def checked(arguments: argparse.Namespace) -> tuple[dict[str, Any], AugmentConfi
 
 def run(arguments: argparse.Namespace) -> Evaluation:
     """Evaluate as the arguments say."""
+    with named_checkpoint(arguments.checkpoint, arguments.tracking_uri) as (place, _):
+        return _evaluate(arguments, place)
+
+
+def _evaluate(arguments: argparse.Namespace, checkpoint: str) -> Evaluation:
     changes, view = checked(arguments)
     return evaluate_checkpoint(
-        arguments.checkpoint,
+        checkpoint,
         arguments.manifest,
         split=arguments.split,
         train_split=arguments.train_split,
@@ -98,12 +109,14 @@ def run(arguments: argparse.Namespace) -> Evaluation:
 def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str | None]:
     """Evaluate where this is called; return the result, a table for people, and why leaks are unknown if they are."""
     entry.log_to_stderr()  # a node's process has not been told yet
-    found = run(arguments)
+    with named_checkpoint(arguments.checkpoint, arguments.tracking_uri) as (place, version):
+        found = _evaluate(arguments, place)
     result = {
         **found.metrics(),
         "leaked_queries_by": dict(found.queries.leaks.num_by_trait),
         "one_percent": found.result.one_percent,
         "checkpoint": arguments.checkpoint,
+        "version": version,
         "step": found.info.step,
         "manifest": arguments.manifest,
         "digest": found.dataset.manifest.digest,

@@ -6,10 +6,11 @@ python -m jobs.models --tracking-uri sqlite:///demo/mlflow.db
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cvft.errors import ConfigError, StoreError
 from jobs import entry
 from jobs.promote import add_registry_arguments, check_registry_arguments
 from pipeline.tracking.registry import CARD_FILE
-from pipeline.tracking.versions import Registry, Version, checkpoint_of
+from pipeline.tracking.versions import Registry, Version, checkpoint_of, split_model_uri
 
 _NUMBERS = ("recall_at_1", "recall_at_1_deleaked", "gain", "gain_low", "gain_high", "latency_ms", "model_mb")
 _UNKNOWN = "-"
@@ -99,6 +100,34 @@ def fetch_version(registry: Registry, version: Version, folder: Path) -> Path:
     except OSError as error:
         raise StoreError(f"--fetch {folder}: cannot write it: {error.strerror}") from error
     return folder
+
+
+@contextlib.contextmanager
+def named_checkpoint(name: str, tracking_uri: str) -> Iterator[tuple[str, int | None]]:
+    """Give the checkpoint that a name means, and its version if it is a registered one.
+
+    Args:
+        name: A path or URI, which is given as it is, or `models:/NAME@ALIAS` or `models:/NAME/VERSION`, of which a copy
+            is there as long as the block lasts.
+        tracking_uri: Where MLflow keeps registered models.
+
+    Raises:
+        ConfigError: There is no such model, version or alias.
+        CheckpointError: The version's files are gone or damaged.
+        StoreError: MLflow cannot be asked.
+    """
+    if not name.startswith("models:"):
+        yield name, None
+        return
+    parts = split_model_uri(name)
+    if parts is None:
+        raise ConfigError(f"{name}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+    registry = Registry.at(tracking_uri, parts[0])
+    version = registry.version(parts[1]) if parts[1] is not None else registry.aliased(str(parts[2]))
+    if version is None:
+        raise ConfigError(f"{name}: no version of {registry.name} in {registry.uri} is {parts[2]}")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield str(checkpoint_of(registry.fetch(version, Path(temporary)))), version.version
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

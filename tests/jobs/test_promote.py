@@ -13,7 +13,7 @@ import torch
 from cvft.checkpoint import MODEL_FILE, load_model, read_info
 from cvft.errors import CheckpointError, ConfigError, StoreError
 from cvft.snapshot import save_checkpoint
-from jobs import entry, measuring, models, promote, rollback
+from jobs import entry, evaluate, measuring, models, promote, rollback
 from jobs.config import load
 from jobs.registering import find_candidate
 from jobs.train import train
@@ -252,6 +252,31 @@ def test_a_fetched_version_is_the_checkpoint_and_loads_by_itself(run, trained, t
     code, _, err = run(models.JOB, "--fetch", tmp_path / "other")
     assert code == 2
     assert "no version of town is champion" in err
+
+
+def test_a_registered_version_is_evaluated_by_its_name_as_its_checkpoint_is(registry, trained, manifest_uri, capfd):
+    def measure(name):
+        words = ["--checkpoint", name, "--tracking-uri", registry.uri, "--manifest", manifest_uri, *SPLIT]
+        capfd.readouterr()
+        code = entry.main(evaluate.JOB, words)
+        out, err = capfd.readouterr()
+        return code, json.loads(out) if out else None, err
+
+    registry.move("candidate", expected=registry.aliased("candidate").version, to=GOOD)
+    _, plain, _ = measure(trained[1]["checkpoint"])
+    assert plain["version"] is None
+    for name in (f"models:/town/{GOOD}", "models:/town@candidate"):
+        code, found, _ = measure(name)
+        assert (code, found["version"], found["checkpoint"]) == (0, GOOD, name)
+        assert found | {"checkpoint": "", "version": None} == plain | {"checkpoint": ""}
+    for name, why in {
+        "models:/town@champion": "no version of town in",
+        "models:/town/9": "town has no version 9",
+        "models:/town": "a registered model is models:/NAME@ALIAS or models:/NAME/VERSION",
+    }.items():
+        code, _, err = measure(name)
+        assert code == 2
+        assert why in err
 
 
 def test_description_and_card_say_what_was_found(run, registry, tmp_path):
