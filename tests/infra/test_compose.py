@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header
 
 from tests.infra import validators
 
@@ -67,11 +70,66 @@ def test_no_secret_has_a_value_or_a_default():
                 assert re.search(r"\$\{\w+:\?", value), f"{name}: {variable}"
 
 
-def test_every_image_has_a_version_and_no_port_is_open_to_the_network():
+def test_every_image_has_a_version():
     for service in _read()["services"].values():
         tag = re.sub(r"\$\{\w+:-(.*)\}", r"\1", service["image"]).rpartition(":")[2]
         assert re.search(r"\d+\.\d+|\d{4}-\d\d", tag)
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def _rendered(environment: dict[str, str]) -> dict[str, Any]:
+    command = [str(Path(sys.executable).with_name("docker-compose")), "--file", str(FOLDER / "compose.yaml")]
+    command += ["--profile", "*", "config", "--format", "json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["services"]
+
+
+def test_no_port_is_open_to_the_network_unless_its_address_is_named(environment):
+    closed, open_ = (_rendered(environment | more) for more in ({}, {"MLFLOW_ADDRESS": "10.0.0.5"}))
+    assert {port["host_ip"] for service in closed.values() for port in service.get("ports", [])} == {"127.0.0.1"}
+    assert {
+        name for name, service in open_.items() if {"10.0.0.5"} & {port["host_ip"] for port in service.get("ports", [])}
+    } == {"mlflow"}
+
+
+@pytest.mark.parametrize(
+    ("more", "taken", "refused"),
+    [
+        ({}, ["mlflow:5000", "127.0.0.1:5000", "localhost:5000"], ["10.0.0.5:5000", "", "evil.example:5000"]),
+        ({"MLFLOW_HOST": "10.0.0.5"}, ["mlflow:5000", "10.0.0.5:5000"], ["10.0.0.6:5000", "evil.example:5000"]),
+    ],
+)
+def test_mlflow_answers_by_the_names_that_it_is_called_by(environment, more, taken, refused):
+    mlflow = _rendered(environment | more)["mlflow"]
+    hosts = mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert all(is_allowed_host_header(hosts, host) for host in taken)
+    assert not any(is_allowed_host_header(hosts, host) for host in refused)
+
+
+def test_what_ray_keeps_in_memory_has_room_there_and_homes_can_be_written(environment):
+    services = _rendered(environment)
+    for name in ("ray-head", "ray-worker"):
+        (size,) = [
+            word.split("=")[1] for word in services[name]["command"] if word.startswith("--object-store-memory=")
+        ]
+        assert int(size) <= int(services[name]["shm_size"])
+    for name, dockerfile in {
+        "ray-head": "Dockerfile",
+        "ray-worker": "Dockerfile",
+        "mlflow": "mlflow.Dockerfile",
+    }.items():
+        assert validators.home_of(dockerfile) in [mount.split(":")[0] for mount in services[name]["tmpfs"]]
+
+
+def test_postgres_is_ready_when_it_answers_over_the_network(environment):
+    # While it sets itself up it answers on its socket alone, and then ends that server.
+    assert "--host" in _rendered(environment)["postgres"]["healthcheck"]["test"]
+
+
+def test_docker_compose_can_lock_images_by_digest_as_the_readme_says():
+    assert "config --lock-image-digests" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    program = str(Path(sys.executable).with_name("docker-compose"))
+    told = subprocess.run([program, "config", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--lock-image-digests" in told
 
 
 def test_no_service_keeps_root_s_powers():

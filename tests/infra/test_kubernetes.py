@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +13,20 @@ import ray
 import yaml
 
 from tests.infra import entrypoints, validators
+from tests.infra.kubernetes_files import BUILDS, FILES, KUBERAY, build, ray_cluster, short_name
 
-KUBERAY = validators.INFRA / "kuberay"
-FILES = sorted(path for path in KUBERAY.rglob("*.yaml") if path.name != "kustomization.yaml")
-BUILDS = sorted(path.parent for path in KUBERAY.glob("*/*/kustomization.yaml") if path.parts[-3] != "components")
 SHARED = Path(__file__).parents[3] / "shared" / "schemas" / "kuberay"
 
 
-def _name(path: Path) -> str:
-    return str(path.relative_to(KUBERAY))
-
-
-@cache
-def _build(folder: Path) -> list[dict[str, Any]]:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed: what kustomize makes of the overlays was not looked at")
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
-def _cluster() -> dict[str, Any]:
-    (cluster,) = validators.documents(KUBERAY / "base" / "cluster" / "raycluster.yaml")
-    return cluster
-
-
-@pytest.mark.parametrize("path", FILES, ids=_name)
+@pytest.mark.parametrize("path", FILES, ids=short_name)
 def test_each_object_fits_the_schema_of_its_kind(path):
     for manifest in validators.documents(path):
         assert validators.kubernetes_problems(manifest) == []
 
 
-@pytest.mark.parametrize("folder", BUILDS, ids=_name)
+@pytest.mark.parametrize("folder", BUILDS, ids=short_name)
 def test_what_kustomize_makes_fits_as_well_and_the_operator_takes_it(folder):
-    for manifest in _build(folder):
+    for manifest in build(folder):
         assert validators.kubernetes_problems(manifest) == []
         if manifest["apiVersion"].startswith("ray.io/"):
             assert validators.operator_problems(manifest) == []
@@ -73,7 +50,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("field", "value"), BROKEN, ids=lambda value: str(value))
 def test_a_broken_field_of_a_ray_cluster_is_caught(field, value):
-    cluster = _cluster()
+    cluster = ray_cluster()
     *parents, leaf = field.split(".")
     node: Any = cluster
     for parent in parents:
@@ -102,7 +79,7 @@ def test_a_broken_field_of_a_ray_job_and_a_cron_job_is_caught():
 
 
 def test_what_only_the_operator_refuses_is_caught():
-    cluster = _cluster()
+    cluster = ray_cluster()
     job = {"kind": "RayJob", "metadata": {"name": "job"}, "spec": {"rayClusterSpec": cluster["spec"]}}
     assert validators.operator_problems(job) == []
     job["spec"] |= {"deletionStrategy": {"deletionRules": [{}]}, "shutdownAfterJobFinishes": True}
@@ -112,7 +89,7 @@ def test_what_only_the_operator_refuses_is_caught():
 
 
 def test_groups_begin_at_no_worker_and_the_head_takes_no_task():
-    spec = _cluster()["spec"]
+    spec = ray_cluster()["spec"]
     assert [(group["groupName"], group["minReplicas"], group["replicas"]) for group in spec["workerGroupSpecs"]] == [
         ("cpu", 0, 0),
         ("gpu", 0, 0),
@@ -123,7 +100,7 @@ def test_groups_begin_at_no_worker_and_the_head_takes_no_task():
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
+@pytest.mark.parametrize("path", FILES, ids=short_name)
 def test_no_container_is_root_or_may_become_it_or_write_outside_its_volumes(path):
     for manifest in validators.documents(path):
         for pod in validators.mappings(manifest):
@@ -141,7 +118,7 @@ def test_no_container_is_root_or_may_become_it_or_write_outside_its_volumes(path
                 assert "cpu" in container["resources"]["requests"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
+@pytest.mark.parametrize("path", FILES, ids=short_name)
 def test_passwords_and_keys_come_from_secrets_alone(path):
     for manifest in validators.documents(path):
         for variable in validators.mappings(manifest):
@@ -150,7 +127,7 @@ def test_passwords_and_keys_come_from_secrets_alone(path):
         assert manifest["kind"] != "Secret"
 
 
-@pytest.mark.parametrize("path", sorted(KUBERAY.glob("jobs/*/ray*.yaml")), ids=_name)
+@pytest.mark.parametrize("path", sorted(KUBERAY.glob("jobs/*/ray*.yaml")), ids=short_name)
 def test_each_entrypoint_is_a_command_line_that_the_job_takes(path):
     (manifest,) = validators.documents(path)
     spec = manifest["spec"].get("jobTemplate", manifest["spec"])
@@ -173,9 +150,9 @@ def test_a_broken_command_line_is_caught(command):
     assert entrypoints.problems(command)
 
 
-@pytest.mark.parametrize("folder", [path for path in BUILDS if path.parts[-2] == "queued"], ids=_name)
+@pytest.mark.parametrize("folder", [path for path in BUILDS if path.parts[-2] == "queued"], ids=short_name)
 def test_a_queued_job_names_its_queue_and_has_a_size(folder):
-    (job,) = _build(folder)
+    (job,) = build(folder)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "cvft"
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
@@ -184,7 +161,7 @@ def test_a_queued_job_names_its_queue_and_has_a_size(folder):
 
 @pytest.mark.parametrize("overlay", ["dev", "prod"])
 def test_an_overlay_leaves_no_image_unnamed(overlay):
-    images = {node["image"] for node in validators.mappings(_build(KUBERAY / "overlays" / overlay)) if "image" in node}
+    images = {node["image"] for node in validators.mappings(build(KUBERAY / "overlays" / overlay)) if "image" in node}
     assert images
     for image in images:
         repository, _, tag = image.rpartition(":")
@@ -193,7 +170,7 @@ def test_an_overlay_leaves_no_image_unnamed(overlay):
 
 
 def test_all_that_is_named_is_there():
-    made = _build(KUBERAY / "overlays" / "prod")
+    made = build(KUBERAY / "overlays" / "prod")
     names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in made}
     for node in validators.mappings(made):
         if "serviceAccountName" in node:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 from typing import Any
 
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from tests.infra import validators
 
@@ -83,6 +86,51 @@ def test_only_the_head_is_on_demand_and_nothing_is_kept_while_idle(name):
             assert node["min_workers"] == 0
             assert node["max_workers"] > 0
     assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_container_on_a_gpu_node_is_the_gpu_image_and_sees_gpus(name):
+    config = prepare_config(_read(name))
+    config["file_mounts"] = {}  # a token file, which need not be here
+    read = AutoscalingConfig(config, skip_content_hash=True)
+    for node_type, node in config["available_node_types"].items():
+        docker = read.get_docker_config(node_type)
+        options = " ".join([*docker["run_options"], *docker.get("worker_run_options", [])])
+        has_gpu = "GPU" in node["resources"]
+        # NVIDIA's runtime, which Ray asks for where it finds it, shows none unless this is set.
+        assert ("NVIDIA_VISIBLE_DEVICES=all" in options) == has_gpu
+        assert (docker.get("worker_image", docker["image"]) == "${CVFT_GPU_IMAGE}") == has_gpu
+
+
+def test_on_gcp_the_heads_account_is_rays_which_may_start_nodes_and_the_workers_is_ours():
+    for name, node in _read("gcp.yaml")["available_node_types"].items():
+        assert ("serviceAccounts" in node["node_config"]) == (name != "head")
+
+
+@pytest.mark.parametrize(
+    ("images", "logins"),
+    [
+        (("1.dkr.ecr.eu-central-1.amazonaws.com/cvft:1-cpu", "docker.io/me/cvft:1-gpu"), 1),
+        (("registry.example.com/cvft:0.1.0-cpu", "registry.example.com/cvft:0.1.0-gpu"), 0),
+    ],
+)
+def test_a_node_logs_in_to_ecr_where_an_image_lies_there(tmp_path, images, logins):
+    (command,) = [line for line in _read("aws.yaml")["initialization_commands"] if "ecr" in line]
+    filled = {"${CVFT_CPU_IMAGE}": images[0], "${CVFT_GPU_IMAGE}": images[1], "${AWS_REGION}": "eu-central-1"}
+    for name, value in filled.items():
+        command = command.replace(name, value)
+    for program, body in {"aws": "echo password-of $*", "docker": 'echo "$* with $(cat)" >>"$0.log"'}.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], env=environment, check=True)
+    log = tmp_path / "docker.log"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    assert len(lines) == logins
+    for line in lines:
+        assert line.startswith(
+            "login --username AWS --password-stdin 1.dkr.ecr.eu-central-1.amazonaws.com with password-of"
+        )
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

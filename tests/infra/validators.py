@@ -187,6 +187,17 @@ def mappings(node: Any) -> Iterator[dict[str, Any]]:
             yield from mappings(value)
 
 
+def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """Whether labels have all that a selector asks for."""
+    return selector.items() <= labels.items()
+
+
+def home_of(dockerfile: str) -> str:
+    """The folder of an image's user."""
+    lines = (INFRA / "docker" / dockerfile).read_text(encoding="utf-8").splitlines()
+    return [line.split()[1] for line in lines if line.startswith("WORKDIR ")][-1]
+
+
 def operator_problems(manifest: dict[str, Any]) -> list[str]:
     """What KubeRay's operator refuses beyond the schema, as far as these manifests can meet it."""
     spec = manifest["spec"]
