@@ -164,7 +164,8 @@ def driver_pair_bytes() -> float:
 
 def _data_table(inputs: dict[str, Any]) -> str:
     prices = inputs["prices"]
-    lines = ["| | pairs | bytes | shards of 1,000 | sharding, images decoded | cost | store a month |"]
+    titles = ["", "pairs", "bytes", "shards of 1,000", "sharding, images decoded"]
+    lines = [f"| {' | '.join([*titles, 'cost (assumed price)', 'store a month (assumed)'])} |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for name, numbers in inputs["datasets"].items():
         pairs = sum(numbers.get(split, 0) for split in ("train", "val", "test"))
@@ -181,7 +182,7 @@ def _data_table(inputs: dict[str, Any]) -> str:
 def _training_table(inputs: dict[str, Any]) -> str:
     measured, prices, recipes = inputs["measured"], inputs["prices"], inputs["recipes"]
     titles = [f"{name}: {recipe['epochs']} epochs, batch {recipe['batch']}" for name, recipe in recipes.items()]
-    head = ["GPU", "pairs/s at batch 128", "CPU cores that feed it", *titles, "on demand", "spot"]
+    head = ["GPU", "pairs/s at batch 128", "CPU cores that feed it", *titles, "on demand (assumed)", "spot (assumed)"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for gpu, spec in prices["gpus"].items():
         share = spec["peak_tflops"] / prices["gpus"]["H100"]["peak_tflops"]
@@ -218,7 +219,7 @@ def _scale_table(inputs: dict[str, Any], found: dict[str, float]) -> str:
         decode_h = tiles / measured["decode_pairs_per_cpu_s"] * inputs["tile_kb"] / 174 / 3600
         puts = tiles / PAIRS_PER_SHARD * (2 + num_bytes / tiles * PAIRS_PER_SHARD / 64e6)
         row("bytes", _bytes(num_bytes))
-        row("store, a month", _usd(num_bytes / 1e9 * prices["store_usd_per_gb_month"]))
+        row("store, a month (assumed price)", _usd(num_bytes / 1e9 * prices["store_usd_per_gb_month"]))
         row("shards of 1,000", f"{tiles // PAIRS_PER_SHARD:,}")
         row("requests that write them", f"{puts:,.0f}, {_usd(puts / 1000 * prices['put_usd_per_1000'])}")
         row("manifest, on disk", _bytes(tiles * found["row_disk_bytes"]))

@@ -11,6 +11,7 @@ from mlflow.server.security_utils import is_allowed_host_header
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
 from jobs.promote import CHAMPION
+from jobs.search.config import load_search
 from jobs.tracking_config import TrackingConfig
 from pipeline.tracking.versions import split_model_uri
 from tests.infra import validators
@@ -131,6 +132,18 @@ def test_what_is_trained_is_registered_and_what_is_registered_is_evaluated():
     for name, alias in {"cvft-evaluate": TrackingConfig().alias, "cvft-evaluate-nightly": CHAMPION}.items():
         uri = re.search(r"--checkpoint (\S+)", specs[name]["entrypoint"])[1]
         assert split_model_uri(uri) == (model, None, alias)
+
+
+def test_a_search_has_the_gpus_for_all_its_trials_at_a_time_by_itself_and_in_the_queue():
+    entrypoint = _specs_of_jobs()["cvft-tune"]["entrypoint"]
+    at_a_time = int(re.search(r"--max-concurrent (\d+)", entrypoint)[1])
+    trial = load_search(re.search(r"--spec (\S+)", entrypoint)[1]).trial
+    assert trial.gpus == 1
+    group = ray_cluster()["spec"]["workerGroupSpecs"][1]
+    assert (group["groupName"], group["maxReplicas"]) == ("gpu", at_a_time)
+    assert trial.cpus <= int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    (queued,) = build(KUBERAY / "queued" / "tune")
+    assert [made["replicas"] for made in queued["spec"]["rayClusterSpec"]["workerGroupSpecs"]] == [0, at_a_time]
 
 
 def test_postgres_is_ready_when_it_answers_over_the_network():
