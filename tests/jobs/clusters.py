@@ -76,14 +76,20 @@ class Cluster:
         given = {name: value for name, value in self.client.items() if name != "RAY_API_SERVER_ADDRESS"}
         given |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         given |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        with Path(self._folder, "node.log").open("a") as log:
-            process = subprocess.Popen([*command, *options], env=given, stdout=log, stderr=log, start_new_session=True)
+        process = self._start_node([*command, *options], given)
         try:
-            await_true(lambda: process.poll() is None and self._num_nodes() > before)
+            while not self._num_nodes() > before:
+                if process.poll() is not None:  # on a busy machine Ray's parts miss deadlines of their own
+                    process = self._start_node([*command, *options], given)
+                time.sleep(0.2)
             yield process
         finally:
             kill_tree(process.pid)
             process.wait()
+
+    def _start_node(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        with Path(self._folder, "node.log").open("a") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def log_of(self, job_id: str) -> str:
         """What Ray has on disk of what a job printed."""
