@@ -33,6 +33,7 @@ from jobs.leaving import ROOM, Leaving
 from jobs.losses import Losses, describe_failures, is_loss, waiting_is_told
 from jobs.process_group import ProcessGroup
 from jobs.progress import Metrics
+from jobs.releasing import abort, coordinator_on_head, sigterm_as_ctrl_c
 from jobs.room import await_room
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
@@ -70,6 +71,7 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
         workers = f"train.workers={config.train.min_workers}"
         resources, labels = _resources(config.train), config.train.node_labels
         await_room(config.train.min_workers, resources, what=workers, labels=labels)
+        coordinator_on_head()
         told = contextlib.nullcontext() if is_trial else waiting_is_told(labels)  # trials of a search wait for others
         try:
             with told:
@@ -92,8 +94,21 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
     """Ray's own would end an interrupted training with exit code 0 or 1: here Ctrl-C is Python's, as in every job."""
 
-    def _register_sigint_handler(self, controller: object) -> None:
-        """Leave things as they are; the controller and its workers end with this process, or its Ray."""
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave things as they are; `fit` ends the controller."""
+        self._controller = controller
+
+    def fit(self) -> Any:
+        """Train; interrupted, end the workers first, and give their nodes back."""
+        with sigterm_as_ctrl_c():
+            try:
+                return super().fit()
+            except KeyboardInterrupt:
+                if self._controller is not None:
+                    abort(self._controller)
+                raise
 
 
 def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
