@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -71,9 +71,12 @@ def style_axes(axes: Axes, *, theme: Theme, title: str, x_label: str = "", y_lab
         spine.set_color(theme.grid)
 
 
-def style_legend(axes: Axes, *, theme: Theme, location: Literal["best", "lower right"] = "best") -> None:
-    """Add a legend without a frame's noise."""
-    axes.legend(loc=location, fontsize=9, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none")
+def style_legend(axes: Axes, *, theme: Theme, location: Literal["best", "lower right", "above"] = "best") -> None:
+    """Add a legend without a frame's noise; `above` is one row beside the heading."""
+    place: dict[str, Any] = {"loc": location}
+    if location == "above":
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 8, "borderaxespad": 0.1}
+    axes.legend(**place, fontsize=9, labelcolor=theme.ink, facecolor=theme.background, edgecolor="none")
 
 
 def add_photo(

@@ -70,8 +70,9 @@ def timeline_figure(
         numbers = [nodes.get(group, 0) for _, nodes in samples]
         axes.step(times, numbers, where="post", color=colours[group], linewidth=2.2, label=f"{group} nodes")
         axes.fill_between(times, numbers, step="post", color=colours[group], alpha=0.14, linewidth=0)
-    for stage in stages:
-        axes.axvspan(stage.began_s, stage.ended_s, color=theme.grid, alpha=0.55, linewidth=0, zorder=0)
+    for number, stage in enumerate(stages):
+        label = "a job, from submission to end" if number == 0 else None
+        axes.axvspan(stage.began_s, stage.ended_s, color=theme.grid, alpha=0.55, linewidth=0, zorder=0, label=label)
         middle = (stage.began_s + stage.ended_s) / 2
         axes.text(middle, highest + 0.62, stage.name, ha="center", va="top", fontsize=10, color=theme.ink)
     for number, lost in enumerate(losses):
@@ -85,7 +86,7 @@ def timeline_figure(
     axes.set_ylim(0, highest + 0.7)
     axes.set_xlim(0, max(times, default=1.0))
     if axes.lines:
-        style_legend(axes, theme=theme)
+        style_legend(axes, theme=theme, location="above")
     figure.tight_layout()
     return figure
 
