@@ -153,9 +153,10 @@ run_head() {  # dir
 
 await_head() {  # dir: false if it ended
   local deadline=$((SECONDS + WAIT_S))
-  until is_open "$DASHBOARD_PORT"; do
+  # Of its parts the client server is the last to listen; where it gives up, on a busy machine, it takes the head along.
+  until is_open "$DASHBOARD_PORT" && is_open $((RAY_PORT + 1)); do
     kill -0 "$(<"$1/head.pid")" 2>/dev/null || return 1
-    ((SECONDS < deadline)) || fail "the head's dashboard does not listen on port $DASHBOARD_PORT; see $1/head.log"
+    ((SECONDS < deadline)) || fail "the head does not listen on ports $DASHBOARD_PORT and $((RAY_PORT + 1)); see $1/head.log"
     sleep 0.2
   done
 }
