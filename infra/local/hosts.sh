@@ -102,7 +102,8 @@ make_network() {
   done
 }
 
-on_host() {  # dir host command...
+on_host() {  # dir host command...: `stop` ends it too
+  export CVFT_HOSTS_DIR="$1"
   # shellcheck disable=SC2016  # expanded there
   exec ip netns exec "cvft-$2" unshare --uts bash -c 'hostname "$1"; shift; exec "$@"' bash "$2" "${@:3}"
 }
@@ -116,6 +117,7 @@ run_node() {  # dir host
     PATH=$(dirname "$PYTHON"):$PATH  # jobs are commands such as `python -m jobs.shard`
     cd "$1"
     export -f on_host
+    export MARK
     setsid nohup bash -c 'on_host "$@"' bash "$1" "$2" "$HERE/hosts.sh" node "$1" "$2" "$(address "$2")" \
       </dev/null >>"$1/$2.log" 2>&1 &
     echo $! >"$1/$2.pid"
