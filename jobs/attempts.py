@@ -15,10 +15,11 @@ import json
 import uuid
 from dataclasses import asdict, dataclass
 
-from cvft.errors import TrainingError
+from cvft.errors import StoreError, TrainingError
 from pipeline.storage import Store
 
 ATTEMPT_FILE = "attempt.json"
+_RACES = 100  # groups of one driver that claim at once are a few
 
 
 class TakenOverError(TrainingError):
@@ -84,10 +85,16 @@ def claim(store: Store, attempt: str) -> Claim:
         StoreError: The store cannot be read or written.
     """
     mine = Claim(store, attempt, group=uuid.uuid4().hex)
-    while (found := store.read_versioned(ATTEMPT_FILE)) is not None and _attempt_of(found[0]) == attempt:
+    for _ in range(_RACES):
+        found = store.read_versioned(ATTEMPT_FILE)
+        if found is None or _attempt_of(found[0]) != attempt:
+            raise _taken_over(store)
         if store.replace_bytes(ATTEMPT_FILE, mine.encode(), found[1]):
             return mine
-    raise _taken_over(store)
+    raise StoreError(
+        f"{store.uri(ATTEMPT_FILE)}: the store refuses to replace it, though nobody changes it; Ceph 16 does so in a "
+        "bucket that keeps versions: use one that does not"
+    )
 
 
 def is_current(store: Store, attempt: str) -> bool:

@@ -109,14 +109,14 @@ class Job(threading.Thread):
 
 
 class Bucket:
-    """What the trainings publish: every version of every object."""
+    """What the trainings publish. Its versions are not kept: Ceph 16 refuses every conditional write then."""
 
     def __init__(self) -> None:
         import boto3  # noqa: PLC0415 (reads the environment)
 
         self._s3 = boto3.client("s3")
         self._s3.create_bucket(Bucket="cvft")
-        self._s3.put_bucket_versioning(Bucket="cvft", VersioningConfiguration={"Status": "Enabled"})
+        self._seen: dict[str, set[tuple[float, int]]] = {}
 
     def put(self, folder: Path) -> None:
         """Copy a store of shards to `data`."""
@@ -125,14 +125,13 @@ class Bucket:
                 self._s3.upload_file(str(path), "cvft", f"data/{path.relative_to(folder)}")
 
     def published(self, name: str) -> list[tuple[float, int]]:
-        """When which checkpoint became whole, each time that it did."""
-        pages = self._s3.get_paginator("list_object_versions").paginate(
-            Bucket="cvft", Prefix=f"runs/{name}/checkpoints/"
-        )
-        found = [
-            item for page in pages for item in page.get("Versions", []) if item["Key"].endswith("/checkpoint.json")
-        ]
-        return sorted((item["LastModified"].timestamp(), int(item["Key"].split("/")[-2][5:])) for item in found)
+        """When which checkpoint became whole, each time that it did and was seen here."""
+        pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket="cvft", Prefix=f"runs/{name}/checkpoints/")
+        objects = (item for page in pages for item in page.get("Contents", []))
+        whole = (item for item in objects if item["Key"].endswith("/checkpoint.json"))
+        seen = self._seen.setdefault(name, set())
+        seen.update((item["LastModified"].timestamp(), int(item["Key"].split("/")[-2][5:])) for item in whole)
+        return sorted(seen)
 
     def fetch(self, name: str, folder: Path) -> None:
         """Copy the newest checkpoint of a training to where `Final` reads it."""

@@ -94,3 +94,11 @@ def test_an_error_of_workers_that_were_cut_off_does_not_end_those_that_go_on(sto
     assert not store.exists("user_error.json")
     ray_train._tell(StoreError("a shard is missing"), going_on)
     assert json.loads(store.read_bytes("user_error.json")) == {"message": "a shard is missing"}
+
+
+def test_a_store_that_never_replaces_anything_is_named_instead_of_asked_for_ever(store, monkeypatch):
+    driver = attempts.begin_attempt(store)
+    # As Ceph 16 does in a bucket that keeps versions.
+    monkeypatch.setattr(Store, "replace_bytes", lambda *_: False)
+    with pytest.raises(StoreError, match=r"attempt\.json: the store refuses to replace it"):
+        attempts.claim(store, driver)
