@@ -40,7 +40,7 @@ def test_a_job_without_ray(tmp_path):
     ("job", "how", "seen"),
     [
         ("train", ["--config", "town", "train.workers=2"], "epoch 1/"),
-        ("tune", ["--spec", "town", "--trials", "2"], "epoch"),
+        ("tune", ["--spec", "town", "--trials", "2"], " running, best"),
     ],
 )
 def test_a_job_that_ray_would_end_in_its_own_way(job, how, seen, manifest_uri, tracking_uri, tmp_path):
