@@ -15,7 +15,7 @@ from cvft.errors import ConfigError
 from jobs import entry, metrics
 from jobs.cluster import on_a_node
 from jobs.config import read_overrides
-from jobs.models import named_checkpoint
+from jobs.models import is_registered, named_checkpoint
 from jobs.node_labels import add_node_label, parse_labels
 from jobs.tracking_config import default_uri
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
@@ -137,7 +137,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     checked(arguments)
     parse_labels(arguments.node_label, option="--node-label")
-    return entry.plain(arguments)
+    return plain(arguments)
+
+
+def plain(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that mean something: only a registered model's name says that MLflow is asked."""
+    values = entry.plain(arguments)
+    return {key: value for key, value in values.items() if key != "tracking_uri" or is_registered(arguments.checkpoint)}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

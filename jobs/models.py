@@ -102,6 +102,11 @@ def fetch_version(registry: Registry, version: Version, folder: Path) -> Path:
     return folder
 
 
+def is_registered(name: str) -> bool:
+    """Tell whether a checkpoint's name is a registered model's, not a path or URI."""
+    return name.startswith("models:")
+
+
 @contextlib.contextmanager
 def named_checkpoint(name: str, tracking_uri: str) -> Iterator[tuple[str, int | None]]:
     """Give the checkpoint that a name means, and its version if it is a registered one.
@@ -116,7 +121,7 @@ def named_checkpoint(name: str, tracking_uri: str) -> Iterator[tuple[str, int | 
         CheckpointError: The version's files are gone or damaged.
         StoreError: MLflow cannot be asked.
     """
-    if not name.startswith("models:"):
+    if not is_registered(name):
         yield name, None
         return
     parts = split_model_uri(name)

@@ -139,7 +139,7 @@ def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.examples < 1:
         raise ConfigError(f"--examples {arguments.examples}: show at least 1")
     evaluate.checked(arguments)
-    return entry.plain(arguments)
+    return evaluate.plain(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

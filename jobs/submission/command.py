@@ -121,7 +121,7 @@ def check_places(submission: Submission, *, working_dir: Path | None, names: Seq
         if not isinstance(value, str) or value in ("", "none") or leaf not in _PLACES:
             continue
         path = value.removeprefix("sqlite:///") if value.startswith("sqlite:///") else value
-        if "://" in path:
+        if "://" in path or path.startswith("models:/"):  # a registered model is MLflow's
             continue
         if not Path(path).is_absolute():
             raise ConfigError(

@@ -145,6 +145,15 @@ def test_absolute_paths_are_named_and_uris_are_not():
     assert check_places(submission, working_dir=None, names=[]) == ["manifest=/shared/store"]
 
 
+def test_where_models_are_registered_matters_where_one_is_named():
+    measured = ["evaluate", "--manifest", "s3://bucket/store", "--checkpoint"]
+    with pytest.raises(ConfigError, match=r"tracking_uri=sqlite:///mlflow.db is relative"):
+        check_places(asked(*measured, "models:/mine@champion"), working_dir=None, names=[])
+    at = ["models:/mine@champion", "--tracking-uri", "http://mlflow:5000"]
+    for command in ([*measured, *at], [*measured, "s3://bucket/c"]):
+        assert check_places(asked(*command), working_dir=None, names=[]) == []
+
+
 def test_a_configuration_file_must_be_among_what_is_sent(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("name: mine\n")
     monkeypatch.chdir(tmp_path)

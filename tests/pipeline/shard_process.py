@@ -29,7 +29,9 @@ def main() -> int:
         made = build_shards(root, store, options, runner=Here(), progress=wait_for_the_others)
         return {"digest": made.digest, "generation": made.generation}
 
-    job = entry.Job(name="shard", summary="", example="", add_arguments=lambda parser: None, run=run)
+    job = entry.Job(
+        name="shard", summary="", example="", add_arguments=lambda parser: None, run=run, resolve=entry.plain
+    )
     return entry.main(job, [])
 
 
