@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import requests
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "infra" / "local" / "cluster.sh")
 RAY = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
+START_S = 180.0
+_NUMBERS = itertools.count()
 
 
 def free_port() -> int:
@@ -71,37 +73,31 @@ class Cluster:
         address = f"127.0.0.1:{self._environment['RAY_PORT']}"
         zeros = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "min-worker-port", "max-worker-port")
         fixed = [f"--{name}=0" for name in zeros] + ["--object-store-memory=104857600", "--disable-usage-stats"]
-        before = self._num_nodes()
         command = [sys.executable, "-c", RAY, "start", f"--address={address}", "--block", "--num-cpus=2", *fixed]
         given = {name: value for name, value in self.client.items() if name != "RAY_API_SERVER_ADDRESS"}
         given |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         given |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        process = self._start_node([*command, *options], given)
+        log = Path(self._folder, f"node-{next(_NUMBERS)}.log")
+        process = self._start_node([*command, *options], given, log)
         try:
-            while not self._num_nodes() > before:
+            deadline = time.monotonic() + START_S
+            while "Ray runtime started" not in log.read_text(errors="replace"):
+                assert time.monotonic() < deadline, log.read_text(errors="replace")
                 if process.poll() is not None:  # on a busy machine Ray's parts miss deadlines of their own
-                    process = self._start_node([*command, *options], given)
+                    process = self._start_node([*command, *options], given, log)
                 time.sleep(0.2)
             yield process
         finally:
             kill_tree(process.pid)
             process.wait()
 
-    def _start_node(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-        with Path(self._folder, "node.log").open("a") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    def _start_node(self, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+        with log.open("a") as output:
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
     def log_of(self, job_id: str) -> str:
         """What Ray has on disk of what a job printed."""
         return next(Path(self._folder, "ray").glob(f"session_2*/logs/job-driver-{job_id}.log")).read_text()
-
-    def _num_nodes(self) -> int:
-        """Nodes that are alive, as the dashboard counts them."""
-        only = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
-        url = f"http://127.0.0.1:{self._environment['DASHBOARD_PORT']}/api/v0/nodes?{only}"
-        token = Path(self._folder, "token").read_text()
-        reply = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
-        return len(reply.json()["data"]["result"]["result"]) if reply.ok else 0
 
     def _script(self, command: str) -> str:
         done = subprocess.run(

@@ -102,7 +102,7 @@ def restarted(ours, straight, tmp_path_factory):
         await_true(lambda: lost.poll() is not None or len(checkpoints(ours, "restarted")) > 1)
         ours.cluster.kill_head()
         ours.cluster.start_head_again()
-        yield SimpleNamespace(lives=lives.end(), lost=lost.end())
+        return SimpleNamespace(lives=lives.end(), lost=lost.end())
 
 
 def test_a_job_that_was_lost_with_the_head_is_submitted_again_and_equals_one_that_was_not(ours, straight, restarted):
@@ -137,7 +137,7 @@ def test_what_has_finished_before_is_found_again_with_its_result(ours, straight,
     assert "is the same request and has finished" in err
 
 
-def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight, restarted):
+def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight):
     submitted = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
     with ours.cluster.node(NODE):
         following = begin(ours, *submitted)
