@@ -37,6 +37,7 @@ def coordinator_on_head() -> None:
         get_if_exists=True,
         lifetime="detached",
         resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+        scheduling_strategy="DEFAULT",  # outside of the placement group of a trial of Tune
     ).remote()
 
 
