@@ -175,10 +175,6 @@ def test_a_population_goes_on_from_the_donors_weights(search, manifest_uri, tmp_
     assert (Path(copy.folder) / "checkpoints" / last / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.xfail(
-    reason="a fault: both trials end as failed since trainings on Ray have a process group and a trainer of our own",
-    strict=False,
-)
 def test_trials_of_two_workers_take_turns_where_there_is_room_for_one(search, tmp_path):
     # This scheduler ends the first trial's process, which leaves the room of its workers to be freed.
     spec = spec_of(RATE, budget={"trials": 2}, scheduler={"kind": "asha"}, trial={"workers": 2, "max_concurrent": 2})
@@ -192,7 +188,6 @@ def test_a_trial_that_no_machine_can_hold_is_refused(search):
         search(spec_of(RATE, budget={"trials": 2}, trial={"workers": 3}))
 
 
-@pytest.mark.xfail(reason="failed once on a busy machine, cause not known", strict=False)
 def test_a_trial_goes_on_after_the_budget_cut_it_and_after_its_process_is_lost(search, tmp_path, caplog):
     def spec(hours):
         return spec_of(RATE, budget={"trials": 1, "hours": hours})
