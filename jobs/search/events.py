@@ -182,4 +182,7 @@ def _reason(trial: Any) -> str:
         return "its process ended without a word"
     *_, newest = text.split("Failure # ")
     lines = [line.strip() for line in newest.splitlines()[1:] if line.strip()]
-    return (lines[-1] if "Traceback" in newest else lines[0])[:500] if lines else "its process ended without a word"
+    if not lines:
+        return "its process ended without a word"
+    is_traceback = "Traceback" in newest or "ray::" in lines[0]  # Ray begins its own with where it was raised
+    return (lines[-1] if is_traceback else lines[0])[:500]

@@ -14,7 +14,7 @@ import pytest
 from cvft.errors import ClusterError, ConfigError
 from jobs import tune
 from jobs.config import load
-from jobs.search import run
+from jobs.search import events, run
 from jobs.search.clock import Clock
 from jobs.search.config import BudgetConfig, SchedulerConfig, base_of
 from jobs.search.end import in_words, winner
@@ -295,3 +295,25 @@ def test_a_trial_that_this_machine_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ClusterError, match="a trial wants 4 x 1 CPUs, this machine has 2 CPUs and 0 GPUs"):
         run._most_at_a_time(SimpleNamespace(spec=spec_of(trial={"workers": 4})), can_grow=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "Failure # 1 (occurred at 2026-11-26)\n\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=1, ip=10.0.0.1)\n"
+            '  File "actor.py", line 1, in remote\nValueError: no such actor\n',
+            "ValueError: no such actor",
+        ),
+        ("Failure # 1 (occurred at 2026-11-26)\nTraceback (most recent call last):\nKeyError: 'x'\n", "KeyError: 'x'"),
+        (
+            "Failure # 1 (a)\nKeyError\nFailure # 2 (b)\nThe actor died unexpectedly.\n\tclass_name: ImplicitFunc\n",
+            "The actor died unexpectedly.",
+        ),
+        ("Failure # 1 (occurred at 2026-11-26)\n", "its process ended without a word"),
+    ],
+)
+def test_why_a_trial_failed_is_its_error_and_not_where_it_was_raised(tmp_path, text, reason):
+    file = tmp_path / "error.txt"
+    file.write_text(text)
+    assert events._reason(SimpleNamespace(error_file=str(file))) == reason
