@@ -104,9 +104,10 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
 
 def _give(result: dict[str, Any]) -> None:
     """Print the result, and keep it where it outlives the log of a job on a cluster."""
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
     with _stdout_to_stderr():
         keep_result(result)
-    sys.stdout.write(json.dumps(result) + "\n")
 
 
 def parse_arguments(job: Job, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -147,6 +147,7 @@ def plain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    checked(arguments)  # before anything is fetched
     labels = parse_labels(arguments.node_label, option="--node-label")
     what = "--node-label" if labels else "--use-gpu" if arguments.use_gpu else "evaluate"
     result, table, unknown = on_a_node(_measure, arguments, use_gpu=arguments.use_gpu, labels=labels, what=what)

@@ -30,7 +30,7 @@ from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
 from jobs.leaving import ROOM, Leaving
-from jobs.losses import Losses, describe_failures, is_loss, waiting_is_told
+from jobs.lost_workers import LostWorkers, describe_failures, is_loss, waiting_is_told
 from jobs.process_group import ProcessGroup
 from jobs.progress import Metrics
 from jobs.releasing import abort, coordinator_on_head, sigterm_as_ctrl_c
@@ -132,7 +132,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[Losses(max_failures=train.max_failures), *reports],
+            callbacks=[LostWorkers(max_failures=train.max_failures), *reports],
         ),
     )
     return str(trainer.fit().return_value)

@@ -28,6 +28,8 @@ _HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTA
 _PAUSES_S = (1.0, 2.0, 4.0)  # before a job server that failed by itself is asked again
 _TIMEOUTS_S = (10.0, 120.0)  # to connect, and to answer: a host that was cut off never would
 _LOG_TIMEOUTS_S = (10.0, 20.0)
+# A job's log comes as it is written, without colours, and without the autoscaler's lines: `jobs.room` says what comes.
+_VARIABLES = {"PYTHONUNBUFFERED": "1", "RAY_COLOR_PREFIX": "0", "RAY_SCHEDULER_EVENTS": "0"}
 
 
 class AwayError(ClusterError):
@@ -128,7 +130,7 @@ class JobServer:
         options = {
             "submission_id": submission.attempt(number),
             "entrypoint": submission.entrypoint,
-            "runtime_env": {**code, "env_vars": {"PYTHONUNBUFFERED": "1", **request.variables}},
+            "runtime_env": {**code, "env_vars": {**_VARIABLES, **request.variables}},
             "metadata": metadata,
             "entrypoint_num_cpus": request.needs.get("CPU"),
             "entrypoint_num_gpus": request.needs.get("GPU"),

@@ -29,7 +29,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Mishap:
     """A node that was taken away in the middle of a job.
 
     Attributes:
@@ -45,9 +45,9 @@ def timeline_figure(
     samples: Sequence[tuple[float, Mapping[str, int]]],
     *,
     stages: Sequence[Stage],
-    losses: Sequence[Loss] = (),
+    mishaps: Sequence[Mishap] = (),
     title: str = "Nodes of the cluster while jobs run",
-    loss: str = "a node is killed",
+    mishap: str = "a node is killed",
     theme: Theme = LIGHT,
 ) -> Figure:
     """Draw the number of nodes over time.
@@ -55,9 +55,9 @@ def timeline_figure(
     Args:
         samples: Time in seconds, and the number of nodes of each type then; a type that is missing has none.
         stages: Jobs, in the order of time.
-        losses: Nodes that were lost.
+        mishaps: Nodes that were lost.
         title: The heading.
-        loss: What happened to those that were lost.
+        mishap: What happened to them.
         theme: Colours.
     """
     figure = new_figure(width_px=_WIDTH_PX, height_px=_HEIGHT_PX, background=theme.background)
@@ -75,8 +75,8 @@ def timeline_figure(
         axes.axvspan(stage.began_s, stage.ended_s, color=theme.grid, alpha=0.55, linewidth=0, zorder=0, label=label)
         middle = (stage.began_s + stage.ended_s) / 2
         axes.text(middle, highest + 0.62, stage.name, ha="center", va="top", fontsize=10, color=theme.ink)
-    for number, lost in enumerate(losses):
-        label = loss if number == 0 else None
+    for number, lost in enumerate(mishaps):
+        label = mishap if number == 0 else None
         height = _number_at(samples, lost)
         axes.plot(
             lost.at_s, height, marker="X", markersize=10, color=WRONG_AHEAD, linestyle="none", label=label, zorder=4
@@ -91,6 +91,6 @@ def timeline_figure(
     return figure
 
 
-def _number_at(samples: Sequence[tuple[float, Mapping[str, int]]], loss: Loss) -> int:
-    before = [nodes.get(loss.group, 0) for time, nodes in samples if time <= loss.at_s]
+def _number_at(samples: Sequence[tuple[float, Mapping[str, int]]], lost: Mishap) -> int:
+    before = [nodes.get(lost.group, 0) for time, nodes in samples if time <= lost.at_s]
     return before[-1] if before else 0

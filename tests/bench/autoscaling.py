@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvft.checkpoint import INFO_FILE, MODEL_FILE
-from pipeline.report.timeline import Loss, Stage, timeline_figure
+from pipeline.report.timeline import Mishap, Stage, timeline_figure
 from pipeline.storage import Store
+from tests.job_process import ROOT, run_job
 
 if TYPE_CHECKING:  # Ray reads how to authenticate when it is imported
     from tests.bench.cluster_watch import Node, Watch
 
-ROOT = Path(__file__).parents[2]
 CLUSTER = str(ROOT / "infra" / "local" / "cluster.sh")
 PORTS = {"RAY_PORT": "6679", "DASHBOARD_PORT": "8565", "STORE_PORT": "9300", "MLFLOW_PORT": "5300"}
 NUM_PAIRS = 600
@@ -66,19 +66,6 @@ def commands(data: str, runs: str, tracking: str, town: Path) -> dict[str, list[
         "train": ["train", "--config", "town", *places, *TRAINING],
         "evaluate": ["evaluate", "--manifest", data],
     }
-
-
-def run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Run a job to its end and return its result."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{command[0]}", *command[1:]],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def trained(checkpoint: str) -> dict[str, Any]:
@@ -117,11 +104,11 @@ def reference(out: Path) -> int:
     """Do the three stages on this machine, in folders."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     town, tracking = out / "town", f"sqlite:///{out}/mlflow.db"
-    run(["synthesize", "--out", str(town), "--pairs", str(NUM_PAIRS), "--workers", "2"], environment)
+    run_job(["synthesize", "--out", str(town), "--pairs", str(NUM_PAIRS), "--workers", "2"], environment)
     stages = commands(str(out / "data"), str(out / "runs"), tracking, town)
-    results = {"shard": run(stages["shard"], environment), "train": run(stages["train"], environment)}
+    results = {"shard": run_job(stages["shard"], environment), "train": run_job(stages["train"], environment)}
     checkpoint = results["train"]["checkpoint"]
-    results["evaluate"] = run([*stages["evaluate"], "--checkpoint", checkpoint], environment)
+    results["evaluate"] = run_job([*stages["evaluate"], "--checkpoint", checkpoint], environment)
     results |= {"trained": trained(checkpoint), "mlflow": in_mlflow(tracking, results["train"]["run_id"])}
     (out / "reference.json").write_text(json.dumps(results, indent=2))
     shown = {"digest": results["shard"]["digest"], "weights": results["trained"]["weights"][:16]}
@@ -293,8 +280,8 @@ def judge(out: Path, expected: dict[str, Any], content: dict[str, Any]) -> int:
         "none_at_the_end": sum(samples[-1][1].values()) == 0,
     }
     drawn = [Stage(stage["name"], stage["began_s"], stage["ended_s"]) for stage in stages]
-    marks = [Loss(loss["at_s"], loss["group"]) for loss in losses.values()]
-    timeline_figure(samples, stages=drawn, losses=marks).savefig(out / "timeline.png")
+    marks = [Mishap(loss["at_s"], loss["group"]) for loss in losses.values()]
+    timeline_figure(samples, stages=drawn, mishaps=marks).savefig(out / "timeline.png")
     (out / "timeline.json").write_text(json.dumps({"checks": checks, **content}, indent=1))
     shown = {"stages": [asdict(stage) for stage in drawn], "recall_at_1": results["evaluate"]["recall_at_1"]}
     print(json.dumps({"checks": checks, **shown, "mlflow": results["mlflow"]}))

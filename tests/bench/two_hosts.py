@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hosts import ADDRESSES, HOSTS, Bucket, Job, Nodes, hosts, traffic
-from tests.mishaps import ROOT, Final, Runs
+from tests.job_process import ROOT, run_job
+from tests.mishaps import Final, Runs
 
 TRAININGS = {"fixed": "train.workers=2", "elastic": "train.workers=[1, 2]"}
 NUM_PAIRS, NUM_EPOCHS = 96, 20
@@ -69,15 +70,8 @@ def reference(out: Path) -> int:
     places = [f"data.manifest={out}/data", f"output={out}/runs", f"tracking.uri=sqlite:///{out}/mlflow.db"]
     train = ["train", "--config", "town", *places, *CONFIGURATION, "train.workers=2", "name=reference"]
     for command in (town, shards, train):
-        done = subprocess.run(
-            [sys.executable, "-m", f"jobs.{command[0]}", *command[1:]],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    print(done.stdout.splitlines()[-1])
+        result = run_job(command, environment)
+    print(json.dumps(result))
     return 0
 
 
@@ -228,13 +222,15 @@ def is_the_same_to_rounding(final: Final, expected: Final, cuts: list[dict[str, 
 
 
 def draw(out: Path, results: dict[str, Any], samples: list[tuple[float, dict[str, int]]]) -> None:
-    from pipeline.report.timeline import Loss, Stage, timeline_figure  # noqa: PLC0415
+    from pipeline.report.timeline import Mishap, Stage, timeline_figure  # noqa: PLC0415
 
     began = samples[0][0]
     stages = [Stage(name, result["began"] - began, result["ended"] - began) for name, result in results.items()]
-    losses = [Loss(cut["at"] - began, cut["host"]) for result in results.values() for cut in result["cuts"]]
+    mishaps = [Mishap(cut["at"] - began, cut["host"]) for result in results.values() for cut in result["cuts"]]
     alive = [(at - began, nodes) for at, nodes in samples]
-    timeline_figure(alive, stages=stages, losses=losses, title=TITLE, loss="a link is cut").savefig(out / "hosts.png")
+    timeline_figure(alive, stages=stages, mishaps=mishaps, title=TITLE, mishap="a link is cut").savefig(
+        out / "hosts.png"
+    )
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from pipeline.report.timeline import Loss, Stage, timeline_figure
+from pipeline.report.timeline import Mishap, Stage, timeline_figure
 
 SAMPLES = [(0.0, {}), (1.0, {"cpu": 2}), (2.0, {"cpu": 1}), (3.0, {"cpu": 1, "train": 2}), (4.0, {"train": 0})]
 
@@ -21,7 +21,9 @@ def test_each_type_of_node_is_a_line_of_its_numbers_and_a_type_that_is_missing_h
 
 
 def test_a_lost_node_is_marked_where_it_was_lost_on_the_line_of_its_type():
-    marks = [line for line in drawn(losses=[Loss(1.5, "cpu"), Loss(3.2, "train")]).lines if line.get_marker() == "X"]
+    marks = [
+        line for line in drawn(mishaps=[Mishap(1.5, "cpu"), Mishap(3.2, "train")]).lines if line.get_marker() == "X"
+    ]
     np.testing.assert_array_equal([mark.get_xydata()[0] for mark in marks], [[1.5, 2], [3.2, 2]])
 
 

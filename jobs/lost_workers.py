@@ -1,6 +1,6 @@
 """What a training on Ray says of workers that it loses: who, why, and what it waits for until it goes on.
 
-Ray tells it in some hundred lines of its own; these are one each. `Losses` speaks in Ray Train's controller, whose
+Ray tells it in some hundred lines of its own; these are one each. `LostWorkers` speaks in Ray Train's controller, whose
 output Ray shows among the job's; the waiting is seen from the driver, as the controller itself waits.
 """
 
@@ -29,7 +29,7 @@ class NotMetError(WorkerGroupError):  # type: ignore[misc]  # Ray has no type hi
     """The workers of a group did not find each other."""
 
 
-class Losses(UserCallback):  # type: ignore[misc]  # Ray has no type hints here
+class LostWorkers(UserCallback):  # type: ignore[misc]  # Ray has no type hints here
     """Tells of each failure of a group of workers."""
 
     def __init__(self, *, max_failures: int) -> None:

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError  # noqa: E402
 from ray.train import ControllerError, WorkerGroupError  # noqa: E402
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # noqa: E402
 
-from jobs.losses import NotMetError, describe_failures, is_loss  # noqa: E402
+from jobs.lost_workers import NotMetError, describe_failures, is_loss  # noqa: E402
 from jobs.process_group import interface_of  # noqa: E402
 
 NODE_DIED = (
