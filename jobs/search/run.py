@@ -50,7 +50,8 @@ def run_search(search: Search) -> None:
         os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the reason is told in one line
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         events = Events(search)
-        with tempfile.TemporaryDirectory(prefix="tune-") as local:
+        # An interrupted Tune leaves a thread behind that still copies its snapshot to this folder.
+        with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as local:
             _fit(search, events, local)
     close_runs(search)
     left = search.unfinished()
