@@ -18,11 +18,12 @@ import torch
 from cvft.checkpoint import read_info
 from cvft.configuration import parse, require, to_plain
 from cvft.errors import ConfigError
-from jobs import run_file, worker
+from jobs import run_file
 from jobs.config import ExperimentConfig, load, read_specification
 from jobs.entry import LOGGER
-from jobs.progress import Metrics, read_history
-from jobs.saving import checkpoints_of
+from jobs.training import worker
+from jobs.training.progress import Metrics, read_history
+from jobs.training.saving import checkpoints_of
 from pipeline.ablation import Trial, VariantSummary, summarise
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch

@@ -17,10 +17,10 @@ from cvft.distributed import alone
 from cvft.errors import CvftError
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER, Progress
-from jobs.progress import History, read_history
 from jobs.report import write_report
-from jobs.saving import checkpoints_of, newest_of
 from jobs.tracked import outbox_of
+from jobs.training.progress import History, read_history
+from jobs.training.saving import checkpoints_of, newest_of
 from pipeline.evaluation import Evaluation, evaluate_checkpoint
 from pipeline.report.distances import PROTOCOL_DISTANCES_M, AnswerDistances, answer_distances
 from pipeline.report.gallery import format_distance

@@ -9,8 +9,8 @@ from typing import Any
 
 from cvft.checkpoint import CheckpointInfo, load_model, read_info
 from cvft.errors import CheckpointError, ConfigError
-from jobs.progress import History
 from jobs.run_file import RUN_FILE
+from jobs.training.progress import History
 from pipeline.cache import default_cache
 from pipeline.checkpoints import CheckpointFolder, fetch
 from pipeline.model_card import model_card

@@ -23,7 +23,7 @@ from cvft.errors import ConfigError
 from cvft.preprocess import Preprocess
 from jobs import entry, evaluate
 from jobs.commit import code_commit
-from jobs.progress import read_history
+from jobs.training.progress import read_history
 from pipeline.evaluation import Evaluation
 from pipeline.images import decode, thumbnail
 from pipeline.manifest import Manifest

@@ -8,7 +8,7 @@ from typing import Any
 from cvft.configuration import dotted_values, to_plain
 from cvft.errors import ConfigError
 from jobs.config import DataConfig, ExperimentConfig
-from jobs.saving import checkpoints_of
+from jobs.training.saving import checkpoints_of
 from pipeline.manifest import Manifest
 from pipeline.storage import Store
 

@@ -24,7 +24,7 @@ from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
 from jobs.metrics import TrainingMetrics
 from jobs.resources import Machine, memory_metrics
-from jobs.saving import checkpoints_of
+from jobs.training.saving import checkpoints_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name
 from pipeline.manifest import Manifest
@@ -145,7 +145,7 @@ class Recorder:
 
     @property
     def hooks(self) -> dict[str, Any]:
-        """The arguments of `jobs.worker.train` that tell of it."""
+        """The arguments of `jobs.training.worker.train` that tell of it."""
         return {"on_step": self.on_step, "on_epoch": self.on_epoch, "on_saved": self.on_saved}
 
     def on_step(self, report: StepReport) -> None:

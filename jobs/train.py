@@ -18,12 +18,13 @@ import torch
 from cvft.checkpoint import CheckpointInfo, read_info
 from cvft.configuration import to_plain
 from cvft.errors import ClusterError, ConfigError
-from jobs import attempts, entry, pictures, run_file, tracked, worker
+from jobs import entry, pictures, run_file, tracked
 from jobs.config import ExperimentConfig, load, preset_names
-from jobs.progress import History, read_history
-from jobs.ray_train import train_on_ray
 from jobs.registering import register_checkpoint
-from jobs.saving import checkpoints_of, newest_of
+from jobs.training import attempts, worker
+from jobs.training.progress import History, read_history
+from jobs.training.ray_train import train_on_ray
+from jobs.training.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import fetch
 from pipeline.decoding import check_profile

@@ -19,7 +19,7 @@ from typing import Any
 
 from cvft.configuration import dotted_values, parse, to_plain
 from cvft.errors import ConfigError, StoreError
-from jobs import attempts, entry
+from jobs import entry
 from jobs.ablate import make_town
 from jobs.cluster import ray_session
 from jobs.commit import code_commit
@@ -32,6 +32,7 @@ from jobs.search.end import finish_search
 from jobs.search.journal import Journal
 from jobs.search.plan import SEARCH_FILE, Search
 from jobs.search.run import run_search
+from jobs.training import attempts
 from pipeline.manifest import Manifest
 from pipeline.ray_tasks import OnRay
 from pipeline.storage import Store

@@ -19,8 +19,9 @@ import torch
 
 from cvft.checkpoint import MODEL_FILE, TRAINING_FILE, read_info, read_state
 from cvft.distributed import current_world
-from jobs import ray_train, train, worker
+from jobs import train
 from jobs.config import ExperimentConfig, load
+from jobs.training import ray_train, worker
 
 ROOT = Path(__file__).parents[1]
 PAUSE_S = 0.15  # after each step of the tiny network, so that a mishap meets the training in the middle
@@ -30,7 +31,7 @@ train_as_usual = worker.train
 
 
 def train_and_note(config: ExperimentConfig, **hooks: Any) -> bool:
-    """Train as `jobs.worker` does, and note each step: mishaps are timed, and wasted steps counted, by it."""
+    """Train as `jobs.training.worker` does, and note each step: mishaps are timed, and wasted steps counted, by it."""
     also = hooks.pop("on_step", None)
     world = current_world()
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""

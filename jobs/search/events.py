@@ -14,11 +14,11 @@ from ray.util import remove_placement_group
 
 from jobs import tracked
 from jobs.entry import LOGGER
-from jobs.ray_train import room_of
 from jobs.search.journal import TrialRecord
 from jobs.search.plan import Search
 from jobs.search.table import Table
 from jobs.search.trial import read_failure, read_run
+from jobs.training.ray_train import room_of
 
 _SAVE_S = 15.0
 _CLOSE_AFTER_S = 5.0  # a trial's process is gone by then; what it left for MLflow is sent by the driver

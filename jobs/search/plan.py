@@ -9,14 +9,14 @@ from typing import Any
 
 from cvft.configuration import to_plain
 from jobs.config import ExperimentConfig
-from jobs.progress import History
-from jobs.saving import checkpoints_of
 from jobs.search.clock import Clock
 from jobs.search.config import SearchConfig
 from jobs.search.draw import Searcher
 from jobs.search.journal import Generation, Journal, TrialRecord
 from jobs.search.space import Space
 from jobs.search.trial import trial_config
+from jobs.training.progress import History
+from jobs.training.saving import checkpoints_of
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 

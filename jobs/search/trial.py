@@ -25,14 +25,15 @@ from ray import tune
 from cvft.checkpoint import read_info
 from cvft.configuration import parse
 from cvft.errors import CheckpointError, CvftError, StoreUnavailableError
-from jobs import attempts, pictures, run_file, tracked, worker
+from jobs import pictures, run_file, tracked
 from jobs.config import ExperimentConfig
 from jobs.entry import log_to_stderr
-from jobs.progress import Metrics, read_history
-from jobs.ray_train import train_on_ray
-from jobs.saving import checkpoints_of, newest_of
 from jobs.search.journal import TRIALS, trial_name
 from jobs.search.space import with_values
+from jobs.training import attempts, worker
+from jobs.training.progress import Metrics, read_history
+from jobs.training.ray_train import train_on_ray
+from jobs.training.saving import checkpoints_of, newest_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name, fetch
 from pipeline.manifest import Manifest

@@ -34,7 +34,7 @@ import ray
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
-from jobs import ray_train
+from jobs.training import ray_train
 from pipeline.build import BuildOptions, build_shards
 from pipeline.plan import Cut
 from pipeline.runner import Here

@@ -5,9 +5,10 @@ from pathlib import PurePath
 import pytest
 
 from cvft.errors import StoreError
-from jobs import attempts, tracked, train
-from jobs.attempts import TakenOverError
+from jobs import tracked, train
 from jobs.run_file import RUN_FILE
+from jobs.training import attempts
+from jobs.training.attempts import TakenOverError
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -86,7 +87,7 @@ def test_a_training_that_another_driver_takes_over_publishes_nothing_more_and_le
 
 
 def test_an_error_of_workers_that_were_cut_off_does_not_end_those_that_go_on(store):
-    ray_train = pytest.importorskip("jobs.ray_train")
+    ray_train = pytest.importorskip("jobs.training.ray_train")
     driver = attempts.begin_attempt(store)
     cut_off = attempts.claim(store, driver)
     going_on = attempts.claim(store, driver)

@@ -12,7 +12,7 @@ from cvft.checkpoint import read_info, read_state
 from cvft.distributed import current_world
 from cvft.errors import ConfigError
 from jobs.config import ExperimentConfig
-from jobs.training import Training
+from jobs.training.rank import Training
 from pipeline.manifest import Manifest
 from tests.distributed_helper import run_distributed
 from tests.jobs.test_resume import CPU, assert_same, newest, run, run_until

@@ -1,12 +1,18 @@
 """Ctrl-C ends every job alike: one line, exit code 130, and the same command goes on."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jobs.search import run
 from tests.jobs.conftest import NO_PICTURES, TINY
 
 LINE = "cvft {}: interrupted; the same command continues where it can"
@@ -50,3 +56,31 @@ def test_a_job_that_ray_would_end_in_its_own_way(job, how, seen, manifest_uri, t
     code, rest = interrupt(job, [*how, *data, *settings], seen=seen)
     assert (code, rest.splitlines()[-1]) == (130, LINE.format(job))
     assert "Traceback" not in rest
+
+
+def test_an_interrupted_search_says_so_while_tune_still_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # a search sets there what Tune reads
+    monkeypatch.setattr(run, "Events", lambda search: None)
+    ended = threading.Event()
+
+    def write(folder):
+        number = 0
+        while not ended.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                folder.mkdir(exist_ok=True)
+                (folder / str(number := number + 1)).touch()
+
+    def interrupted(search, events, local):
+        thread = threading.Thread(target=write, args=(Path(local, "tune"),), daemon=True)
+        thread.start()
+        while not Path(local, "tune", "100").exists():
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_fit", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.run_search(SimpleNamespace(has_work=True))
+    finally:
+        ended.set()

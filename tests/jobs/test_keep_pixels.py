@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 
 from cvft.errors import ConfigError
-from jobs import worker
-from jobs.saving import checkpoints_of
+from jobs.training import worker
+from jobs.training.saving import checkpoints_of
 from pipeline import kept_pixels
 
 

@@ -14,8 +14,8 @@ from ray.exceptions import ActorDiedError  # noqa: E402
 from ray.train import ControllerError, WorkerGroupError  # noqa: E402
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError  # noqa: E402
 
-from jobs.lost_workers import NotMetError, describe_failures, is_loss  # noqa: E402
-from jobs.process_group import interface_of  # noqa: E402
+from jobs.training.lost_workers import NotMetError, describe_failures, is_loss  # noqa: E402
+from jobs.training.process_group import interface_of  # noqa: E402
 
 NODE_DIED = (
     "The actor died because its node has died. Node Id: d08cf58840\n"

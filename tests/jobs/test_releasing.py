@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 COORDINATOR = """
 import ray
-from jobs.releasing import coordinator_on_head
+from jobs.training.releasing import coordinator_on_head
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 @ray.remote(num_cpus=1, label_selector={"ray.io/node-group": "cpu"})

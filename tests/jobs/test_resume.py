@@ -14,9 +14,10 @@ import torch
 from cvft.checkpoint import INFO_FILE, MODEL_FILE, TRAINING_FILE, read_info, read_state
 from cvft.distributed import current_world
 from cvft.errors import CheckpointError
-from jobs import train, worker
+from jobs import train
 from jobs.config import ExperimentConfig
-from jobs.saving import checkpoints_of
+from jobs.training import worker
+from jobs.training.saving import checkpoints_of
 from pipeline.cache import default_cache
 from pipeline.checkpoints import checkpoint_name, fetch
 from pipeline.evaluation import evaluate_checkpoint

@@ -11,8 +11,9 @@ import torch
 
 from cvft.checkpoint import MODEL_FILE, read_info
 from cvft.errors import CheckpointError, ConfigError, DataError, TrainingError
-from jobs import evaluate, report, train, training
-from jobs.progress import History
+from jobs import evaluate, report, train
+from jobs.training import rank
+from jobs.training.progress import History
 from pipeline.manifest import Manifest
 
 
@@ -43,9 +44,9 @@ def _main(module, arguments, capfd):
 def test_a_training_that_diverges_names_the_keys_and_keeps_the_pixels(tiny, tmp_path, manifest_uri, monkeypatch):
     def diverge(*arguments, **options):
         (batch, *_) = arguments[1]
-        raise training.DivergenceError("step 5: nan", step=5, index=batch.index, batch=batch)
+        raise rank.DivergenceError("step 5: nan", step=5, index=batch.index, batch=batch)
 
-    monkeypatch.setattr(training, "train_epoch", diverge)
+    monkeypatch.setattr(rank, "train_epoch", diverge)
     with pytest.raises(TrainingError, match=r"step 5: nan; keys \['\w+', .*\], pixels in .*diverged/step-00000005"):
         train.train(tiny("train.num_epochs=1"))
     saved = safetensors.torch.load_file(tmp_path / "runs/town/diverged/step-00000005/rank-0.safetensors")

@@ -19,10 +19,11 @@ import yaml
 from cvft.checkpoint import read_info
 from cvft.configuration import parse
 from cvft.errors import ClusterError
-from jobs import train, tune, worker
+from jobs import train, tune
 from jobs.config import ExperimentConfig, load
 from jobs.search.config import SearchConfig
 from jobs.search.trial import trial_config
+from jobs.training import worker
 from pipeline.tracking.server import prepare, tracking_client
 from tests.jobs.conftest import NO_PICTURES, TINY
 from tests.jobs.test_shard_killed import descendants

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
-import threading
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -299,34 +295,6 @@ def test_a_trial_that_this_machine_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ClusterError, match="a trial wants 4 x 1 CPUs, this machine has 2 CPUs and 0 GPUs"):
         run._most_at_a_time(SimpleNamespace(spec=spec_of(trial={"workers": 4})), can_grow=False)
-
-
-def test_an_interrupted_search_says_so_while_tune_still_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # a search sets there what Tune reads
-    monkeypatch.setattr(run, "Events", lambda search: None)
-    ended = threading.Event()
-
-    def write(folder):
-        number = 0
-        while not ended.is_set():
-            with contextlib.suppress(FileNotFoundError):
-                folder.mkdir(exist_ok=True)
-                (folder / str(number := number + 1)).touch()
-
-    def interrupted(search, events, local):
-        thread = threading.Thread(target=write, args=(Path(local, "tune"),), daemon=True)
-        thread.start()
-        while not Path(local, "tune", "100").exists():
-            pass
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "_fit", interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run.run_search(SimpleNamespace(has_work=True))
-    finally:
-        ended.set()
 
 
 @pytest.mark.parametrize(

@@ -25,16 +25,17 @@ from ray.util.placement_group import PlacementGroup
 from cvft.configuration import parse, to_plain
 from cvft.distributed import current_world, from_rank_0
 from cvft.errors import ClusterError, CvftError, TrainingError
-from jobs import attempts, pictures, tracked, worker
+from jobs import pictures, tracked
 from jobs.cluster import ray_session
 from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
-from jobs.leaving import ROOM, Leaving
-from jobs.lost_workers import LostWorkers, describe_failures, is_loss, waiting_is_told
-from jobs.process_group import ProcessGroup
-from jobs.progress import Metrics
-from jobs.releasing import abort, coordinator_on_head, sigterm_as_ctrl_c
 from jobs.room import await_room
+from jobs.training import attempts, worker
+from jobs.training.leaving import ROOM, Leaving
+from jobs.training.lost_workers import LostWorkers, describe_failures, is_loss, waiting_is_told
+from jobs.training.process_group import ProcessGroup
+from jobs.training.progress import Metrics
+from jobs.training.releasing import abort, coordinator_on_head, sigterm_as_ctrl_c
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -125,7 +126,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             use_gpu=train.use_gpu,
             resources_per_worker=_resources(train),
             label_selector=train.node_labels or None,
-            elastic_resize_monitor_interval_s=_NEVER_S,  # the workers themselves look, see `jobs.leaving`
+            elastic_resize_monitor_interval_s=_NEVER_S,  # the workers themselves look, see `jobs.training.leaving`
         ),
         run_config=ray.train.RunConfig(
             name="ray",

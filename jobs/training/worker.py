@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from jobs.config import ExperimentConfig
-from jobs.progress import Metrics
-from jobs.training import OnStep, ShouldLeave, Training
+from jobs.training.progress import Metrics
+from jobs.training.rank import OnStep, ShouldLeave, Training
 from pipeline.checkpoint_writer import OnWritten
 
 OnEpoch = Callable[[Metrics], None]

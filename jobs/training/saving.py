@@ -20,7 +20,7 @@ from cvft.model import CrossViewModel
 from cvft.snapshot import take_snapshot
 from jobs.config import ExperimentConfig
 from jobs.entry import LOGGER
-from jobs.progress import History, StateOwner
+from jobs.training.progress import History, StateOwner
 from pipeline.cache import default_cache
 from pipeline.checkpoint_writer import CheckpointWriter, OnWritten
 from pipeline.checkpoints import CheckpointFolder, checkpoint_name, fetch
@@ -58,7 +58,7 @@ class Saver:
     ) -> None:
         """Take hold of what is saved.
 
-        `guard` and `on_saved` are those of `jobs.worker.train`, `weights` is that of `take_snapshot`.
+        `guard` and `on_saved` are those of `jobs.training.worker.train`, `weights` is that of `take_snapshot`.
         """
         self._config = config
         self._model = model

@@ -22,8 +22,8 @@ from cvft.preprocess import Preprocess
 from jobs.config import DataConfig, ExperimentConfig
 from jobs.entry import LOGGER
 from jobs.metrics import CacheMetrics
-from jobs.progress import AverageOwner, Curve, History, Metrics, StateOwner, StepLines, log_evaluation
-from jobs.saving import Saver
+from jobs.training.progress import AverageOwner, Curve, History, Metrics, StateOwner, StepLines, log_evaluation
+from jobs.training.saving import Saver
 from pipeline.cache import ShardCache
 from pipeline.checkpoint_writer import OnWritten
 from pipeline.dataset import PairDataset
@@ -58,7 +58,7 @@ class Training:
         guard: Callable[[], None] | None = None,
         on_saved: OnWritten | None = None,
     ) -> None:
-        """Build or restore all parts; arguments and errors are those of `jobs.worker.train`."""
+        """Build or restore all parts; arguments and errors are those of `jobs.training.worker.train`."""
         self._config = config
         self._device = device
         self._on_step = on_step

@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from jobs.lost_workers import NotMetError
+from jobs.training.lost_workers import NotMetError
 
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
