@@ -97,3 +97,16 @@ def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps
     assert spot_node not in {line["node"] for line in runs.steps("disturbed")[-2:]}
     assert runs.num_wasted("disturbed") == wasted_by_the_kill <= 4
     assert mishaps.Final.of(runs, "disturbed").equals(mishaps.Final.of(runs, "undisturbed"))
+
+
+@pytest.mark.cluster
+def test_a_worker_that_hangs_is_given_up_after_a_while_and_changes_no_bit(mishaps, runs):
+    patience = ["train.collective_timeout_s=12", "train.store_patience_s=10", "train.max_failures=1"]
+    training = mishaps.Training(runs, "hanging", 2, further=patience)
+    hanging = training.wait_for_step(5)[1]["pid"]
+    os.kill(hanging, signal.SIGSTOP)
+    training.wait()
+    steps = [line for line in runs.steps("hanging") if line["rank"] == 1]
+    assert len({line["pid"] for line in steps}) == 2
+    assert not Path(f"/proc/{hanging}").exists()
+    assert mishaps.Final.of(runs, "hanging").equals(mishaps.Final.of(runs, "undisturbed"))
