@@ -68,6 +68,10 @@ def is_loss(error: TrainingFailedError) -> bool:
 def _describe(error: Exception) -> str:
     cause = _cause(error)
     text = str(cause).strip()
+    waited = re.search(r"gloo.*Timed out waiting (\d+)ms", text)
+    if waited:
+        seconds = int(waited[1]) / 1000
+        return f"waited {seconds:g} s for another worker, which hangs or is out of reach (train.collective_timeout_s)"
     if not isinstance(cause, RayActorError):
         first = text.splitlines()[0] if text else ""
         return f"met {type(cause).__name__}: {first[:_MAX_CHARACTERS]}"

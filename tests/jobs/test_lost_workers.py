@@ -47,6 +47,15 @@ def test_a_lost_node_a_lost_process_and_an_error_are_told_apart_in_one_line():
     )
 
 
+def test_a_worker_that_hangs_is_told_of_by_those_who_waited():
+    timeout = (
+        "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 12000ms for recv"
+    )
+    assert describe_failures({0: RuntimeError(f"{timeout} operation to complete")}) == (
+        "rank 0 waited 12 s for another worker, which hangs or is out of reach (train.collective_timeout_s)"
+    )
+
+
 @pytest.mark.parametrize(
     ("failures", "expected"),
     [
