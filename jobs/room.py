@@ -119,7 +119,7 @@ class _Status:
         shown = {name: amount for name, amount in totals.items() if name in ("CPU", "GPU")}
         free = {name: self.free.get(name, 0.0) for name in shown}
         said = f"{_sum(free)} free of {_sum(shown)}" if shown else "no CPU or GPU"
-        said += f" on {len(self.nodes)} nodes"
+        said += f" on {len(self.nodes)} node{'' if len(self.nodes) == 1 else 's'}"
         if labels:
             said += f", {len(_labelled(self.nodes, labels))} of them{_on(labels)}"
         if self.coming:
@@ -131,11 +131,15 @@ def _check_possible(wanted: _Wanted, group: PlacementGroup, status: _Status) -> 
     if group.id.hex() in status.infeasible:
         reason = "no type of node that its autoscaler may add holds them, or it may not add so many"
     elif not status.has_autoscaler and _num_held(wanted, status.nodes) < wanted.number:
-        reason = "and there is no autoscaler to add any"
+        reason = "there is no autoscaler to add any"
     else:
         return
     found = status.describe(wanted.labels).partition(";")[0]
-    raise ClusterError(f"{wanted.what}: {wanted} cannot be had: the cluster has {found}, {reason}")
+    less = "less, or for other labels" if wanted.labels else "less"
+    raise ClusterError(
+        f"{wanted.what}: {wanted} cannot be had: the cluster has {found}, and {reason}; "
+        f"ask for {less}, or let the cluster have more"
+    )
 
 
 def _num_held(wanted: _Wanted, nodes: list[dict[str, Any]]) -> int:

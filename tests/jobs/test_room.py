@@ -32,7 +32,10 @@ def test_room_that_is_there_is_found_and_given_back(ray_cluster):
     ],
 )
 def test_room_that_never_comes_is_refused_at_once(ray_cluster, number, resources, labels, wanted):
-    message = rf"^train\.workers: {wanted} cannot be had: the cluster has .*of 2 CPU on 1 nodes.* no autoscaler"
+    message = (
+        rf"^train\.workers: {wanted} cannot be had: the cluster has .*of 2 CPU on 1 node\b.*"
+        r", and there is no autoscaler to add any; ask for less"
+    )
     with pytest.raises(ClusterError, match=message):
         room.await_room(number, resources, what="train.workers", labels=labels)
 
@@ -44,7 +47,7 @@ def test_room_that_others_have_is_waited_for_in_words(ray_cluster, caplog):
     with caplog.at_level("INFO"):
         room.await_room(1, {"CPU": 1}, what="evaluate")
     ray.get(holding)
-    assert "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 nodes; there is no autoscaler" in caplog.text
+    assert "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 node; there is no autoscaler" in caplog.text
     assert "1 x 1 CPU found after" in caplog.text
 
 
