@@ -102,7 +102,9 @@ def make_town(out: Path, num_pairs: int, seed: int, runner: Runner) -> str:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default="town", help="YAML file, or a name in jobs/ablations (default: town)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the picture")
+    parser.add_argument(
+        "--out", type=entry.local_path, required=True, help="folder for the runs, the table and the picture"
+    )
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--manifest", help="train on these pairs instead of a town")
     data.add_argument("--pairs", type=int, default=800, help="pairs of the town, train and val together (default: 800)")

@@ -210,7 +210,9 @@ def _tell(measured: Result, promoted: Result, config: ExperimentConfig) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    parser.add_argument(
+        "--out", type=entry.local_path, default=Path("demo"), help="folder for everything (default: demo)"
+    )
     parser.add_argument("--pairs", type=int, default=800, help="pairs of the town, train and val together")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another town")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the preset: train.num_epochs=2")

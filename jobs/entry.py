@@ -123,6 +123,17 @@ def parse_arguments(job: Job, argv: Sequence[str] | None = None) -> argparse.Nam
     return parser.parse_args(argv) if job.takes_command else parser.parse_intermixed_args(argv)
 
 
+def local_path(text: str) -> Path:
+    """Read the path of a file or folder that a job writes on the machine that it runs on.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a URI: made a path of, `s3://bucket/x` would be a folder `s3:` here.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: is written to a disk, not to a store; name a local path")
+    return Path(text)
+
+
 def plain(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments as they are; overrides as what they set, in no order."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from jobs import entry
@@ -16,7 +15,7 @@ from pipeline.official_import import import_official
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="path without .index and .data-00000-of-00001")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
+    parser.add_argument("--out", type=entry.local_path, required=True, help="folder of the new checkpoint")
     parser.add_argument(
         "--head", choices=("cvft", "conv", "global_pool"), help="default: read off the variables' names"
     )

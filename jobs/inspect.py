@@ -25,7 +25,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--shard", help="whose pairs to show: its path, or the end of it (default: the first shard)")
     which.add_argument("--split", help="whose pairs to show")
     parser.add_argument("--num", type=int, default=12, help="pairs to show (default: 12)")
-    parser.add_argument("--out", type=Path, help="the contact sheet: a .png, or a .html page with the numbers as well")
+    parser.add_argument(
+        "--out", type=entry.local_path, help="the contact sheet: a .png, or a .html page with the numbers as well"
+    )
 
 
 def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def named_checkpoint(name: str, tracking_uri: str) -> Iterator[tuple[str, int | 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_registry_arguments(parser)
     parser.add_argument("--version", type=int, help="this version alone (with --fetch by default: that of --alias)")
-    parser.add_argument("--fetch", type=Path, metavar="FOLDER", help="copy the version's checkpoint into a new folder")
+    parser.add_argument(
+        "--fetch", type=entry.local_path, metavar="FOLDER", help="copy the version's checkpoint into a new folder"
+    )
 
 
 def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:

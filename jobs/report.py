@@ -130,7 +130,7 @@ def _transports(found: Evaluation, number: int) -> list[TransportExample]:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_evaluation_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--out", type=entry.local_path, required=True, help="folder of the report")
     parser.add_argument("--title", default="Cross-view geo-localization", help="the page's heading")
     parser.add_argument("--examples", type=int, default=4, help="best, worst and transported queries to show")
 

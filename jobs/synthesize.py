@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from cvft.configuration import require
@@ -18,7 +17,9 @@ from pipeline.synthetic.write import CvactConfig, TownConfig, cvact_town, write_
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to; finished images in it are kept")
+    parser.add_argument(
+        "--out", type=entry.local_path, required=True, help="folder to write to; finished images in it are kept"
+    )
     parser.add_argument("--pairs", type=int, required=True, help="number of pairs, train and val together")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another town")
     parser.add_argument("--layout", choices=("cvusa", "cvact"), default="cvusa", help="raw layout (default: cvusa)")

@@ -41,9 +41,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-images", action="store_true", help="check only that the files are there, open none")
     parser.add_argument("--train-split", default="train", help="split that leaks are counted against (default: train)")
     parser.add_argument("--threads", type=int, default=4, help="threads that read and decode images (default: 4)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result with every problem")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures of the offenders")
-    parser.add_argument("--fix-list", type=Path, metavar="FILE", help="write unusable pairs' keys, for shard --exclude")
+    for option, what in (
+        ("--json", "write the result with every problem"),
+        ("--html", "write a page with pictures of the offenders; into a folder if it does not end in .html"),
+        ("--fix-list", "write unusable pairs' keys, for shard --exclude"),
+    ):
+        parser.add_argument(option, type=entry.local_path, metavar="FILE", help=what)
     parser.add_argument("--fix-leaks", action="store_true", help="put pairs that leak into training on it as well")
 
 

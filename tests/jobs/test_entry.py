@@ -36,6 +36,26 @@ def test_the_last_line_of_stdout_is_the_result_whatever_the_work_prints(capfd):
     assert "a library's chatter" in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ablate --spec town --pairs 80 --out",
+        "inspect --manifest shards --out",
+        "models --fetch",
+        "report --checkpoint a --manifest b --out",
+        "synthesize --pairs 8 --out",
+        "validate --root a --html",
+        "validate --root a --fix-list",
+    ],
+)
+def test_a_uri_is_refused_where_a_job_writes_to_a_disk(command, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # made a path of, it was a folder `s3:` here
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command.split(), "s3://bucket/out.html"])
+    assert "s3://bucket/out.html: is written to a disk, not to a store; name a local path" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_users_error_is_one_line_and_exit_code_2(capfd, wrapped):
     def run(arguments):
