@@ -203,6 +203,7 @@ status() {  # dir
   if [[ -e $1/head.pid ]] && pid=$(<"$1/head.pid") && belongs "$pid" "$1"; then
     echo "# Ray: open $RAY_API_SERVER_ADDRESS; the head is process $pid, one of $(processes "$1" | wc -l)"
     if [[ -e $1/token ]]; then echo "# it asks for the token in $1/token"; fi
+    echo "# metrics: Prometheus finds the nodes in $1/ray/prom_metrics_service_discovery.json (see infra/monitoring)"
   else
     echo "# Ray: its head does not run"
   fi

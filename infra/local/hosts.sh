@@ -3,7 +3,7 @@
 # head in the first, a Ray node of one CPU in each other, and a host for you that only submits. A host can be cut off.
 #
 #   infra/local/hosts.sh start DIR         # prints addresses as `export KEY=value`; about twenty seconds
-#   infra/local/hosts.sh on DIR HOST CMD.. # run a command on a host: head, user, or one of HOSTS
+#   infra/local/hosts.sh on DIR HOST CMD.. # run a command on a host: head, user, or one of HOSTS; it knows what `start` printed
 #   infra/local/hosts.sh cut DIR HOST      # take its link away: nobody reaches it, it reaches nobody
 #   infra/local/hosts.sh cut DIR HOST OTHER   # only these two do not reach each other
 #   infra/local/hosts.sh mend DIR          # give all links back
@@ -108,6 +108,13 @@ on_host() {  # dir host command...: `stop` ends it too
   exec ip netns exec "cvft-$2" unshare --uts bash -c 'hostname "$1"; shift; exec "$@"' bash "$2" "${@:3}"
 }
 
+on() {  # dir host command...: as one who may use the cluster
+  address "$2" >/dev/null
+  # shellcheck disable=SC1091  # written by `start`
+  source "$1/exports"
+  on_host "$@"
+}
+
 run_node() {  # dir host
   (
     unset RAY_API_SERVER_ADDRESS
@@ -156,6 +163,8 @@ give_up() {  # dir
 }
 
 cut_off() {  # dir host [other]
+  local host
+  for host in "${@:2}"; do address "$host" >/dev/null; done
   if [[ $# -eq 2 ]]; then
     ip link set "cvft-$2" down
   else
@@ -209,7 +218,7 @@ need
 case "${1:-}:$#" in
   start:2) start "$2" ;;
   on:2 | on:3) usage ;;
-  on:*) in_folder on_host "${@:2}" ;;
+  on:*) in_folder on "${@:2}" ;;
   node:4) node "${@:2}" ;;
   cut:3 | cut:4) in_folder cut_off "${@:2}" ;;
   mend:2) in_folder mend "$2" ;;
