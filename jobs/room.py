@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from jobs.entry import LINE_INTERVAL_S, LOGGER
 
 _POLL_S = 1.0
 _GRACE_S = 3.0  # nodes that have just gone are still counted, and those that have just come are not
+_NEWS_S = 12.0  # the autoscaler looks each 5 s: what others gave back is known to it after two looks at the latest
 
 
 def await_room(
@@ -41,11 +42,14 @@ def await_room(
     wanted = _Wanted(number, dict(resources), dict(labels or {}), what)
     group = placement_group([wanted.resources] * number, bundle_label_selector=[wanted.labels] * number)
     began = last_said = time.monotonic()
+    is_sure_at = began + _GRACE_S
     try:
         while not group.wait(_POLL_S):
             now = time.monotonic()
             status = _Status.now()
-            if now - began >= _GRACE_S:
+            if _others_hold(wanted, status):
+                is_sure_at = now + _NEWS_S
+            elif now >= is_sure_at:
                 _check_possible(wanted, group, status)
             if now - last_said >= LINE_INTERVAL_S or last_said == began:
                 last_said = now
@@ -83,14 +87,14 @@ class _Status:
 
     Attributes:
         nodes: Those that are alive, as `ray.nodes()` gives them.
-        free: Resources that nobody uses.
+        free: Resources that nobody uses, by the node's id.
         has_autoscaler: Whether nodes can come.
         infeasible: Ids of placement groups that no nodes can hold, whatever is added.
         coming: Nodes that are being started, by type.
     """
 
     nodes: list[dict[str, Any]]
-    free: Mapping[str, float]
+    free: Mapping[str, Mapping[str, float]]
     has_autoscaler: bool
     infeasible: frozenset[str]
     coming: Mapping[str, int]
@@ -106,18 +110,25 @@ class _Status:
             coming[request.ray_node_type_name] = coming.get(request.ray_node_type_name, 0) + request.count
         return cls(
             nodes=nodes,
-            free=ray.available_resources(),
+            free={
+                node.node_id.hex(): dict(node.available_resources) for node in reply.cluster_resource_state.node_states
+            },
             has_autoscaler=state.autoscaler_state_version > 0 or _has_old_autoscaler(),
             # A gang is described as id, strategy and state.
             infeasible=frozenset(gang.details.split(":")[0] for gang in state.infeasible_gang_resource_requests),
             coming=coming,
         )
 
+    def free_of(self, node: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return what nobody uses of a node; nothing of one that has just come."""
+        return self.free.get(node["NodeID"], {})
+
     def describe(self, labels: Mapping[str, str]) -> str:
         """Say what there is."""
-        totals = _total(self.nodes)
+        totals = _total(node["Resources"] for node in self.nodes)
         shown = {name: amount for name, amount in totals.items() if name in ("CPU", "GPU")}
-        free = {name: self.free.get(name, 0.0) for name in shown}
+        unused = _total(self.free_of(node) for node in self.nodes)
+        free = {name: unused.get(name, 0.0) for name in shown}
         said = f"{_sum(free)} free of {_sum(shown)}" if shown else "no CPU or GPU"
         said += f" on {len(self.nodes)} node{'' if len(self.nodes) == 1 else 's'}"
         if labels:
@@ -142,13 +153,24 @@ def _check_possible(wanted: _Wanted, group: PlacementGroup, status: _Status) -> 
     )
 
 
+def _others_hold(wanted: _Wanted, status: _Status) -> bool:
+    """Tell whether to wait for what others hold now.
+
+    The autoscaler calls infeasible what does not fit into the nodes that it may add and what is *free* of those that
+    are there: on a full cluster that is everything.
+    """
+    held = _num_held(wanted, status.nodes)
+    num_free = sum(_num_in(wanted, status.free_of(node)) for node in _labelled(status.nodes, wanted.labels))
+    return status.has_autoscaler and (held >= wanted.number or num_free < held)
+
+
 def _num_held(wanted: _Wanted, nodes: list[dict[str, Any]]) -> int:
     """Return how many of what is wanted fit into the nodes if nothing else is there."""
-    per_node = (
-        min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in wanted.resources.items())
-        for node in _labelled(nodes, wanted.labels)
-    )
-    return sum(per_node)
+    return sum(_num_in(wanted, node["Resources"]) for node in _labelled(nodes, wanted.labels))
+
+
+def _num_in(wanted: _Wanted, resources: Mapping[str, float]) -> int:
+    return min(int(resources.get(name, 0.0) / amount) for name, amount in wanted.resources.items())
 
 
 def _labelled(nodes: list[dict[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -164,10 +186,10 @@ def _has_old_autoscaler() -> bool:
     return bool(types) and not set(types) <= ids
 
 
-def _total(nodes: list[dict[str, Any]]) -> dict[str, float]:
+def _total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for node in nodes:
-        for name, amount in node["Resources"].items():
+    for resources in parts:
+        for name, amount in resources.items():
             total[name] = total.get(name, 0.0) + amount
     return total
 

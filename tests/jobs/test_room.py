@@ -63,3 +63,28 @@ def test_labels_are_plain_words():
     for text in ("a", "=b", "a=", "a=!b", "a=in(b,c)"):
         with pytest.raises(ConfigError, match="--label"):
             parse_labels([text], option="--label")
+
+
+def _status(*nodes, has_autoscaler=True):
+    """What a cluster says of nodes of one CPU: each given by its group and how much of the CPU is free."""
+    found = [
+        {"NodeID": str(number), "Resources": {"CPU": 1.0}, "Labels": {"ray.io/node-group": group}}
+        for number, (group, _) in enumerate(nodes)
+    ]
+    free = {str(number): {"CPU": amount} for number, (_, amount) in enumerate(nodes)}
+    return room._Status(found, free, has_autoscaler, frozenset(), {})
+
+
+def test_a_full_cluster_is_waited_for_and_one_that_is_too_small_is_not():
+    busy, idle = ("cpu", 0.0), ("cpu", 1.0)
+
+    def others_hold(number, *nodes, **options):
+        return room._others_hold(room._Wanted(number, {"CPU": 1}, {}, "shard"), _status(*nodes, **options))
+
+    assert others_hold(1, busy, busy)
+    assert others_hold(5, busy, idle)  # more may come where others have gone
+    assert not others_hold(5, idle, idle)
+    assert not others_hold(5)
+    assert not others_hold(5, busy, busy, has_autoscaler=False)
+    gpus = room._Wanted(1, {"CPU": 1}, {"ray.io/node-group": "gpu"}, "train")
+    assert not room._others_hold(gpus, _status(busy, idle))
