@@ -41,6 +41,8 @@ class Job:
         run: Does the work and returns the result, which must be plain JSON data.
         resolve: Returns what the arguments mean as plain data and refuses what is wrong with them, without touching
             data, stores or clusters: `plain` where the parser refuses all that can be. See `jobs.submission`.
+        state: What it looks at or changes and its arguments do not fix, in words: its result may be another one at the
+            next call. "" where the result follows from what the arguments name.
         takes_command: Everything from the first argument without a dash on is the command of another job.
     """
 
@@ -50,6 +52,7 @@ class Job:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], dict[str, Any]]
     resolve: Callable[[argparse.Namespace], dict[str, Any]]
+    state: str = ""
     takes_command: bool = False
 
 

@@ -63,6 +63,7 @@ JOB = entry.Job(
     add_arguments=_add_arguments,
     run=_run,
     resolve=_resolve,
+    state="the registry",
 )
 
 if __name__ == "__main__":

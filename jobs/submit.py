@@ -4,7 +4,8 @@
 
 The same as `ray job submit --working-dir . -- python -m jobs.train ...`, which works too, with what people forget: the
 arguments are checked before anything is sent, code is sent without data, the same request is never run twice at a time,
-and the exit status is the job's. Ctrl-C leaves the job running.
+and the exit status is the job's. Ctrl-C leaves the job running. What has finished is not run again, unless its result
+may be another one by now: that of a registry, of a store's newest manifest.
 """
 
 from __future__ import annotations
@@ -104,13 +105,13 @@ def _see_through(
     server: JobServer, submission: Submission, request: Request, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Enter an attempt and follow it, and further ones where a node is lost or no room comes."""
-    num_lost, is_again = 0, arguments.again
+    num_lost, is_anew = 0, arguments.again or submission.state != ""
     while True:
-        attempt = _enter(server, submission, request, is_again=is_again)
+        attempt = _enter(server, submission, request, is_anew=is_anew)
         if arguments.no_wait:
             return {"submission_id": attempt.id, "status": attempt.status, "address": server.address}
         attempt, output = _follow(server, attempt)
-        is_again = False
+        is_anew = False  # what somebody else has finished meanwhile answers this request
         if attempt.is_not_started:
             LOGGER.warning("%s found no room in the time that Ray waits; submitting it again", attempt.id)
         elif attempt.is_lost and num_lost < arguments.retries:
@@ -120,8 +121,15 @@ def _see_through(
             return _end(attempt, output)
 
 
-def _enter(server: JobServer, submission: Submission, request: Request, *, is_again: bool) -> Attempt:
-    """Return the attempt that does what is asked: one that is there, or a new one."""
+def _enter(server: JobServer, submission: Submission, request: Request, *, is_anew: bool) -> Attempt:
+    """Return the attempt that does what is asked: one that is there, or a new one.
+
+    Args:
+        server: The cluster's.
+        submission: What is asked.
+        request: How it is to be run.
+        is_anew: One that has finished is no answer.
+    """
     for _ in range(_RACES):
         attempts = server.attempts(submission)
         newest = attempts[-1] if attempts else None
@@ -130,16 +138,24 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_ag
         if newest is not None and not newest.is_over and not is_stuck:
             LOGGER.info("%s is the same request and is %s: following it", newest.id, newest.status)
             return newest
-        if newest is not None and newest.status == "SUCCEEDED" and not is_again:
+        if newest is not None and newest.status == "SUCCEEDED" and not is_anew:
             LOGGER.info("%s is the same request and has finished; --again runs it once more", newest.id)
             return newest
         number = len(attempts) + 1
         if server.submit(submission, number, request):
-            after = "" if newest is None else f", after {newest.id} which {_ended(newest)}"
-            LOGGER.info("submitted %s to %s%s", submission.attempt(number), server.address, after)
+            why = _why_after(newest, submission) if newest is not None else ""
+            LOGGER.info("submitted %s to %s%s", submission.attempt(number), server.address, why)
             return server.get(submission.attempt(number))
         LOGGER.info("%s has just been submitted by somebody else", submission.attempt(number))
+        is_anew = False
     raise ConfigError(f"{submission.name}: others submit it as fast as this; look with --list")
+
+
+def _why_after(newest: Attempt, submission: Submission) -> str:
+    if newest.status != "SUCCEEDED":
+        return f", after {newest.id} which {_ended(newest)}"
+    changed = f", but {submission.state} may have changed since" if submission.state else ""
+    return f"; {newest.id} has finished{changed}"
 
 
 def _on_what_is_there(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -142,6 +142,7 @@ JOB = entry.Job(
     add_arguments=_add_arguments,
     run=_run,
     resolve=_resolve,
+    state="the folder",
 )
 
 if __name__ == "__main__":

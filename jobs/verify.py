@@ -113,6 +113,7 @@ JOB = entry.Job(
     add_arguments=_add_arguments,
     run=_run,
     resolve=_resolve,
+    state="the store",
 )
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,15 @@ class Submission:
         arguments: Its arguments as they were typed.
         meaning: What they mean, as plain data.
         name: Id of the first attempt; the next ones are `name-2`, `name-3`, ...
+        state: What may have changed since the same request has finished, in words, so that its result is no answer any
+            more; "" where the result follows from what is asked.
     """
 
     job: str
     arguments: tuple[str, ...]
     meaning: Mapping[str, Any]
     name: str
+    state: str
 
     @property
     def digest(self) -> str:
@@ -94,10 +97,22 @@ def read(command: Sequence[str], *, known: Sequence[str], name: str | None = Non
     described = importlib.import_module(f"jobs.{job}").JOB
     arguments = entry.parse_arguments(described, command[1:])
     meaning = described.resolve(arguments)
-    asked = Submission(job=job, arguments=tuple(command[1:]), meaning=meaning, name="")
+    state = described.state or _moving(meaning)
+    asked = Submission(job=job, arguments=tuple(command[1:]), meaning=meaning, name="", state=state)
     run_name = meaning.get("name")
     parts = [job, *([run_name[:_MAX_NAME]] if isinstance(run_name, str) else []), asked.digest[:8]]
-    return Submission(job=job, arguments=asked.arguments, meaning=meaning, name=name or "-".join(parts))
+    return replace(asked, name=name or "-".join(parts))
+
+
+def _moving(meaning: Mapping[str, Any]) -> str:
+    """Name what stands for something else as time goes on: a store for its newest manifest, an alias for a version."""
+    for key, value in dotted_values(meaning).items():
+        leaf = key.rpartition(".")[2]
+        is_store = leaf == "manifest" and isinstance(value, str) and not value.endswith(".parquet")
+        is_alias = leaf == "checkpoint" and isinstance(value, str) and value.startswith("models:") and "@" in value
+        if is_store or is_alias:
+            return f"what {key}={value} names"
+    return ""
 
 
 def check_places(submission: Submission, *, working_dir: Path | None, names: Sequence[str]) -> list[str]:

@@ -104,6 +104,40 @@ def test_a_search_in_another_town_is_another_search():
     assert asked("tune", "--out", "/o", "--pairs", "40").digest != asked("tune", "--out", "/o", "--pairs", "50").digest
 
 
+FIXED = "s3://bucket/store/manifests/0123456789abcdef.parquet"
+STATES = {
+    "demo": ([["--out", "/o"]], []),
+    "synthesize": ([["--out", "/o", "--pairs", "4"]], []),
+    "validate": ([], [["--root", "/r"]]),
+    "shard": ([], [["--root", "/r", "--store", "/s"]]),
+    "verify": ([], [["--manifest", FIXED]]),
+    "inspect": ([], [["--manifest", FIXED]]),
+    "train": ([["--config", "town", f"data.manifest={FIXED}"]], [TRAIN[1:]]),
+    "evaluate": (
+        [["--manifest", FIXED, "--checkpoint", name] for name in ("/c", "models:/mine/3")],
+        [["--manifest", FIXED, "--checkpoint", "models:/mine@champion"], ["--manifest", "/s", "--checkpoint", "/c"]],
+    ),
+    "report": (
+        [["--manifest", FIXED, "--out", "/o", "--checkpoint", "models:/mine/3"]],
+        [["--manifest", FIXED, "--out", "/o", "--checkpoint", "models:/mine@champion"]],
+    ),
+    "promote": ([], [["--manifest", FIXED, "--candidate", "3"]]),
+    "rollback": ([], [[]]),
+    "models": ([], [[], ["--version", "3"]]),
+    "ablate": ([["--out", "/o"], ["--out", "/o", "--manifest", FIXED]], [["--out", "/o", "--manifest", "/s"]]),
+    "tune": ([["--out", "/o"], ["--out", "/o", "--manifest", FIXED]], [["--out", "/o", "--manifest", "/s"]]),
+    "import_official": ([["--checkpoint", "/c", "--out", "/o"]], []),
+}
+"""For each job requests whose finished result answers them for ever, and such as must be run again."""
+
+
+@pytest.mark.parametrize("job", [name for name in KNOWN if name != "submit"])
+def test_only_a_result_that_follows_from_what_is_asked_answers_the_same_request_again(job):
+    settled, unsettled = STATES[job]
+    assert [asked(job, *arguments).state for arguments in settled] == [""] * len(settled)
+    assert all(asked(job, *arguments).state for arguments in unsettled)
+
+
 def test_what_a_shell_would_take_apart_arrives_whole():
     submission = asked("validate", "--root", "/with space/$HOME")
     assert submission.entrypoint == "python -m jobs.validate --root '/with space/$HOME'"

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import shutil
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 import requests
 
+from pipeline.synthetic.write import TownConfig, write_town
 from tests.jobs import clusters
 from tests.jobs.clusters import Submit
 
@@ -51,6 +53,17 @@ def test_a_job_that_needs_a_cpu_brings_a_node_and_what_has_finished_is_found_aga
     code, again, err = ask(*command)
     assert (code, again) == (0, result)
     assert "is the same request and has finished; --again runs it once more" in err
+
+
+def test_what_looks_at_a_folder_is_run_again_when_it_has_finished(ask, tmp_path):
+    command = ["--num-cpus", "0", "validate", "--root", str(tmp_path / "town")]
+    for num_pairs in (2, 3):
+        write_town(tmp_path / "town", config=TownConfig(num_pairs=num_pairs), workers=1)
+        code, result, err = ask(*command)
+        assert (code, sum(result["pairs"].values())) == (0, num_pairs), err
+        shutil.rmtree(tmp_path / "town")
+    told = r"submitted (validate-\w+)-2 to \S+; \1 has finished, but the folder may have changed since$"
+    assert re.search(told, err, re.MULTILINE), err
 
 
 def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster, ask, tmp_path):
