@@ -206,8 +206,11 @@ def _place(out: str) -> str:
 
 def _resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     spec, base = _checked(arguments)
-    town = None if arguments.manifest else {"pairs": arguments.pairs, "seed": arguments.town_seed}
-    return {"search": to_plain(spec), "base": to_plain(base), "town": town, "out": arguments.out}
+    resolved = {"search": to_plain(spec), "base": to_plain(base), "town": None, "out": arguments.out}
+    if not arguments.manifest:
+        resolved["town"] = {"pairs": arguments.pairs, "seed": arguments.town_seed}
+        del resolved["base"]["data"]["manifest"]  # the town's, which is not there yet
+    return resolved
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -104,6 +104,12 @@ def test_a_search_in_another_town_is_another_search():
     assert asked("tune", "--out", "/o", "--pairs", "40").digest != asked("tune", "--out", "/o", "--pairs", "50").digest
 
 
+def test_a_search_in_a_town_is_the_same_request_from_every_folder(tmp_path, monkeypatch):
+    here = asked("tune", "--out", "/o")
+    monkeypatch.chdir(tmp_path)
+    assert asked("tune", "--out", "/o").digest == here.digest
+
+
 FIXED = "s3://bucket/store/manifests/0123456789abcdef.parquet"
 STATES = {
     "demo": ([["--out", "/o"]], []),
