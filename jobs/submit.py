@@ -113,7 +113,7 @@ def _see_through(
         attempt, output = _follow(server, attempt)
         is_anew = False  # what somebody else has finished meanwhile answers this request
         if attempt.is_not_started:
-            LOGGER.warning("%s found no room in the time that Ray waits; submitting it again", attempt.id)
+            LOGGER.warning("%s %s; submitting it again", attempt.id, _ended(attempt))
         elif attempt.is_lost and num_lost < arguments.retries:
             num_lost += 1
             LOGGER.warning("%s %s; submitting it again", attempt.id, _ended(attempt))
@@ -134,7 +134,10 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_an
         attempts = server.attempts(submission)
         newest = attempts[-1] if attempts else None
         # One that never starts, for needs that are mended now, is in nobody's way: it was told to stop, if it did.
-        is_stuck = newest is not None and newest.needs != request.needs and waiting.never_holds(server, newest)
+        is_stuck = newest is not None and (
+            (newest.needs != request.needs and waiting.never_holds(server, newest))
+            or waiting.never_begins(server, newest)
+        )
         if newest is not None and not newest.is_over and not is_stuck:
             LOGGER.info("%s is the same request and is %s: following it", newest.id, newest.status)
             return newest
@@ -182,8 +185,11 @@ def _on_what_is_there(arguments: argparse.Namespace) -> dict[str, Any]:
 def _listed(server: JobServer, attempt: Attempt) -> dict[str, Any]:
     waits_for = None
     if attempt.status == "PENDING":
-        is_hopeless = waiting.never_holds(server, attempt)
-        waits_for = waiting.describe(server, attempt) + ("; no node can ever hold it" if is_hopeless else "")
+        if waiting.never_begins(server, attempt):
+            waits_for = "nothing: it was lost with the head that took it; submit it again"
+        else:
+            is_hopeless = waiting.never_holds(server, attempt)
+            waits_for = waiting.describe(server, attempt) + ("; no node can ever hold it" if is_hopeless else "")
     return {"id": attempt.id, "status": attempt.status, "entrypoint": attempt.entrypoint, "waits_for": waits_for}
 
 
@@ -221,6 +227,11 @@ def _end(attempt: Attempt, output: str) -> dict[str, Any]:
 def _ended(attempt: Attempt) -> str:
     if attempt.status == "STOPPED":
         return "was stopped"
+    if attempt.status == "PENDING":
+        return "never begins"
+    if attempt.is_not_started:
+        lost = "was lost with the head that took it, before it began"
+        return lost if attempt.is_lost else "found no room in the time that Ray waits"
     if attempt.is_lost:
         return f"was lost with its node ({attempt.message[:200]})"
     return (

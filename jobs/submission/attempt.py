@@ -25,8 +25,8 @@ class Attempt:
         id: Its submission id.
         driver_job_id: Ray's number for what its process has begun; none before that, or where it uses no Ray.
         result: What it has written down as its result.
-        is_lost: Whether it ended because its node did.
-        is_not_started: Whether Ray gave it up because no room came in time.
+        is_lost: Whether it ended because its node did, or the head that took it.
+        is_not_started: Whether it ended before it began: Ray gave it up because no room came in time, or it was lost.
     """
 
     id: str

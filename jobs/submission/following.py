@@ -84,7 +84,7 @@ class Follower:
         if attempt.is_over:
             self._show_all()
         elif attempt.status == "PENDING":
-            self._say_what_for(attempt)
+            return self._wait_for_room(attempt)
         else:
             asyncio.run(self._show())
             attempt = self._server.get(attempt.id)
@@ -92,7 +92,7 @@ class Follower:
                 raise LogError("its node does not answer")
         return attempt
 
-    def _say_what_for(self, attempt: Attempt) -> None:
+    def _wait_for_room(self, attempt: Attempt) -> Attempt:
         if waiting.never_holds(self._server, attempt):
             self._server.stop(attempt.id)
             raise ClusterError(
@@ -100,7 +100,10 @@ class Follower:
                 "ask for less by --num-cpus and --num-gpus, or for other nodes by --label"
             )
         if self._is_time_to_speak():
+            if waiting.never_begins(self._server, attempt):
+                return replace(attempt, status="FAILED", is_lost=True, is_not_started=True)
             LOGGER.info("%s waits for %s", attempt.id, waiting.describe(self._server, attempt))
+        return attempt
 
     def _is_there(self) -> None:
         if self._away_since is not None:

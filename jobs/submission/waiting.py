@@ -19,6 +19,8 @@ from jobs.submission.job_server import JobServer
 _NEWS_S = 15.0
 _NEVER = "No available node types can fulfill resource requests"
 _SUPERVISOR = "_ray_internal_job_actor_"
+_LOST = ("OWNER_DIED", "NODE_DIED")
+_SETTLE_S = 3.0
 _NUM_NAMED = 4
 _MOST = 1000  # of a kind that are looked at
 
@@ -49,6 +51,27 @@ def never_holds(server: JobServer, attempt: Attempt) -> bool:
     if attempt.status != "PENDING" or not (attempt.needs or attempt.labels):
         return False
     return _is_infeasible(server, attempt) or (_is_fixed(server) and not _fits(server, attempt))
+
+
+def never_begins(server: JobServer, attempt: Attempt) -> bool:
+    """Tell whether a job that has not begun was lost with the head that took it.
+
+    The process which would have run it was that head's, and is dead for good; Ray lists the job as PENDING on until its
+    start timeout is over.
+    """
+    if attempt.status != "PENDING" or not _has_lost_supervisor(server, attempt):
+        return False
+    # One that was deleted and submitted again under the same id is without its new process for a moment.
+    time.sleep(_SETTLE_S)
+    return _has_lost_supervisor(server, attempt) and server.get(attempt.id).status == "PENDING"
+
+
+def _has_lost_supervisor(server: JobServer, attempt: Attempt) -> bool:
+    causes = []
+    for actor in _list(server, "actors", name=_SUPERVISOR + attempt.id):
+        died = (actor["death_cause"] or {}).get("actor_died_error_context", {})
+        causes.append(died.get("reason") if actor["state"] == "DEAD" else None)
+    return bool(causes) and all(cause in _LOST for cause in causes)
 
 
 def _is_infeasible(server: JobServer, attempt: Attempt) -> bool:
@@ -121,7 +144,10 @@ def _nodes(server: JobServer) -> list[dict[str, Any]]:
     return _list(server, "nodes", state="ALIVE")
 
 
-def _list(server: JobServer, kind: str, *, state: str | None = None) -> list[dict[str, Any]]:
-    only = {} if state is None else {"filter_keys": "state", "filter_predicates": "=", "filter_values": state}
+def _list(server: JobServer, kind: str, **equal: str) -> list[dict[str, Any]]:
+    """List what there is of a kind, or of those the ones with a value in a column: `state="ALIVE"`."""
+    only: dict[str, str] = {}
+    for key, value in equal.items():
+        only |= {"filter_keys": key, "filter_predicates": "=", "filter_values": value}
     found = server.ask(f"/api/v0/{kind}", detail=1, limit=_MOST, **only).get("result", {}).get("result", [])
     return list(found)

@@ -92,17 +92,19 @@ def straight(ours):
 
 @pytest.fixture(scope="module")
 def restarted(ours, straight, tmp_path_factory):
-    """Two jobs while the head is killed and started again: one on the head, one on a node that lives on."""
-    out = tmp_path_factory.mktemp("away") / "town"
+    """Three jobs while the head is killed and started again: on the head, on a node that lives on, not begun yet."""
+    away, out = tmp_path_factory.mktemp("away"), tmp_path_factory.mktemp("away") / "town"
     elsewhere = ["--name", "elsewhere", *AWAY, "--num-cpus", "1", "synthesize", "--workers", "1", "--out", str(out)]
+    after_it = ["--name", "after_it", *AWAY, "--num-cpus", "2", "synthesize", "--workers", "1", "--out", str(away)]
     with ours.cluster.node(NODE):
         lives = begin(ours, *elsewhere, "--pairs", "400")
         await_true(lambda: lives.poll() is not None or len(list(out.rglob("*.jpg"))) > 4)
+        waits = begin(ours, *after_it, "--pairs", "2")
         lost = begin(ours, *ours.training("restarted"))
         await_true(lambda: lost.poll() is not None or len(checkpoints(ours, "restarted")) > 1)
         ours.cluster.kill_head()
         ours.cluster.start_head_again()
-        return SimpleNamespace(lives=lives.end(), lost=lost.end())
+        return SimpleNamespace(lives=lives.end(), lost=lost.end(), waits=waits.end())
 
 
 def test_a_job_that_was_lost_with_the_head_is_submitted_again_and_equals_one_that_was_not(ours, straight, restarted):
@@ -129,6 +131,15 @@ def test_a_job_that_lives_through_it_is_shown_on_with_nothing_lost_or_twice(ours
     written = ours.cluster.log_of("elsewhere").splitlines()
     assert own == written[-len(own) :]
     assert written[-len(own) - 1 : -len(own)] in ([], [written[0]])  # Ray's own line from before the job
+
+
+def test_a_job_that_had_not_begun_is_submitted_again(restarted):
+    code, result, err = restarted.waits
+    assert code == 0, err
+    assert result["num_written"] == 2
+    assert len([line for line in err.splitlines() if line.endswith("; submitting it again")]) == 1
+    assert "after_it was lost with the head that took it, before it began; submitting it again" in err
+    assert re.search(r"submitted after_it-2 to \S+, after after_it which never begins$", err, re.MULTILINE)
 
 
 def test_what_has_finished_before_is_found_again_with_its_result(ours, straight, restarted):
