@@ -144,12 +144,12 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_an
         if newest is not None and newest.status == "SUCCEEDED" and not is_anew:
             LOGGER.info("%s is the same request and has finished; --again runs it once more", newest.id)
             return newest
-        number = len(attempts) + 1
-        if server.submit(submission, number, request):
+        attempt_id = submission.next_attempt(newest.id if newest is not None else None)
+        if server.submit(submission, attempt_id, request):
             why = _why_after(newest, submission) if newest is not None else ""
-            LOGGER.info("submitted %s to %s%s", submission.attempt(number), server.address, why)
-            return server.get(submission.attempt(number))
-        LOGGER.info("%s has just been submitted by somebody else", submission.attempt(number))
+            LOGGER.info("submitted %s to %s%s", attempt_id, server.address, why)
+            return server.get(attempt_id)
+        LOGGER.info("%s has just been submitted by somebody else", attempt_id)
         is_anew = False
     raise ConfigError(f"{submission.name}: others submit it as fast as this; look with --list")
 

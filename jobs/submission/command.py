@@ -71,9 +71,12 @@ class Submission:
         """CPUs that the job's own process is given: none where Ray's tasks and workers do the work."""
         return 0.0 if self.job in _COORDINATORS else 1.0
 
-    def attempt(self, number: int) -> str:
-        """Return the id of the attempt with this number, from 1 on."""
-        return self.name if number == 1 else f"{self.name}-{number}"
+    def next_attempt(self, newest_id: str | None) -> str:
+        """Return the id of the first attempt, or of the one after the newest that is there: older ones may be gone."""
+        if newest_id is None:
+            return self.name
+        number = int(newest_id.removeprefix(self.name).removeprefix("-") or "1")
+        return f"{self.name}-{number + 1}"
 
 
 def read(command: Sequence[str], *, known: Sequence[str], name: str | None = None) -> Submission:

@@ -87,7 +87,7 @@ class JobServer:
             ConfigError: Its name belongs to another request.
         """
         pattern = re.compile(re.escape(submission.name) + r"(-\d+)?")
-        found = [item for item in self.all() if pattern.fullmatch(item.id) and item.id != ""]
+        found = [item for item in self.all() if pattern.fullmatch(item.id)]
         found = [item for item in found if item.metadata.get("cvft_submission", submission.name) == submission.name]
         for item in found:
             if item.metadata.get("cvft_request") != submission.digest:
@@ -117,7 +117,7 @@ class JobServer:
         with self._errors():
             self._client.stop_job(job_id)
 
-    def submit(self, submission: Submission, number: int, request: Request) -> bool:
+    def submit(self, submission: Submission, attempt_id: str, request: Request) -> bool:
         """Submit an attempt; return false where somebody else has just submitted it."""
         metadata = {
             "cvft_submission": submission.name,
@@ -128,7 +128,7 @@ class JobServer:
         }
         code = {} if request.archive is None else {"working_dir": str(request.archive)}
         options = {
-            "submission_id": submission.attempt(number),
+            "submission_id": attempt_id,
             "entrypoint": submission.entrypoint,
             "runtime_env": {**code, "env_vars": {**_VARIABLES, **request.variables}},
             "metadata": metadata,

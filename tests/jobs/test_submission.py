@@ -31,8 +31,13 @@ def test_the_same_request_has_the_same_id_however_it_is_typed():
     assert first.name == again.name
     assert first.name.startswith("train-mine-")
     assert first.digest == again.digest
-    assert first.attempt(1) == first.name
-    assert first.attempt(3) == f"{first.name}-3"
+
+
+def test_the_next_attempt_is_counted_from_the_newest_that_is_there():
+    submission = asked(*TRAIN)
+    assert submission.next_attempt(None) == submission.name
+    assert submission.next_attempt(submission.name) == f"{submission.name}-2"
+    assert submission.next_attempt(f"{submission.name}-9") == f"{submission.name}-10"  # whichever were deleted
 
 
 def test_a_default_that_is_spelt_out_is_no_other_request():
