@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 
 import pytest
 import requests
@@ -35,15 +34,21 @@ def statuses(ask):
     return {job["id"]: job["status"] for job in listed["jobs"]}
 
 
-def test_two_submitters_of_one_request_see_one_job_and_end_as_it_does(cluster, ask):
-    command = ["evaluate", "--checkpoint", "/no/checkpoint", "--manifest", "/no/store"]
-    both = [Submit(cluster, *command), Submit(cluster, *command)]
-    for code, result, err in (each.end() for each in both):
-        assert code == 2
-        assert result is None
-        assert "cvft evaluate: error: /no/checkpoint: no checkpoint here" in err
-        assert err.splitlines()[-1].endswith("ended with exit code 2")
-    assert [status for name, status in statuses(ask).items() if name.startswith("evaluate-")] == ["FAILED"]
+def until(submit, what):
+    """Read what a submitter says up to a line that tells `what`, and return the lines."""
+    lines = []
+    while not lines or what not in lines[-1]:
+        lines.append(submit.stderr.readline())
+        assert lines[-1], f"it ended: {lines}"
+    return lines
+
+
+def test_a_submitter_ends_as_the_job_does(ask):
+    code, result, err = ask("evaluate", "--checkpoint", "/no/checkpoint", "--manifest", "/no/store")
+    assert code == 2
+    assert result is None
+    assert "cvft evaluate: error: /no/checkpoint: no checkpoint here" in err
+    assert err.splitlines()[-1].endswith("ended with exit code 2")
 
 
 def test_a_job_that_needs_a_cpu_brings_a_node_and_what_has_finished_is_found_again(ask, tmp_path):
@@ -66,40 +71,38 @@ def test_what_looks_at_a_folder_is_run_again_when_it_has_finished(ask, tmp_path)
     assert re.search(told, err, re.MULTILINE), err
 
 
-def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster, ask, tmp_path):
-    command = ["--num-cpus", "0", "synthesize", "--out", str(tmp_path / "town"), "--pairs", "5000", "--workers", "1"]
-    following = Submit(cluster, "--name", "long", *command)
-    while "rendering" not in following.stderr.readline():
-        assert following.poll() is None
-    following.send_signal(signal.SIGINT)
-    code, _, err = following.end()
+def test_two_submitters_of_one_request_see_one_job_which_ctrl_c_leaves_and_stop_ends(cluster, ask, tmp_path):
+    long = ["synthesize", "--out", str(tmp_path / "town"), "--pairs", "20000", "--workers", "1"]
+    both = [Submit(cluster, "--name", "long", "--num-cpus", "0", *long) for _ in range(2)]
+    said = [until(each, "rendering") for each in both]
+    assert sorted(any("submitted long to" in line for line in lines) for lines in said) == [False, True]
+    leaves, stays = both
+    leaves.send_signal(signal.SIGINT)
+    code, _, err = leaves.end()
     assert code == 130
     assert "long goes on without you; follow it: cvft submit --address " in err
-    assert statuses(ask)["long"] == "RUNNING"
+    assert {name: status for name, status in statuses(ask).items() if name.startswith("long")} == {"long": "RUNNING"}
     code, _, err = ask("--name", "long", "verify", "--manifest", "/no/store")
     assert code == 2
     assert "--name long: long is another job (python -m jobs.synthesize" in err
     assert ask("--stop", "long")[0] == 0
-    code, _, err = ask("--attach", "long")
-    assert code == 1
-    assert err.splitlines()[-1] == "cvft submit: long was stopped"
+    for code, _, err in (stays.end(), ask("--attach", "long")):
+        assert code == 1
+        assert err.splitlines()[-1] == "cvft submit: long was stopped"
 
 
-def test_what_no_node_can_hold_is_refused_at_once(ask):
-    began = time.monotonic()
+def test_what_no_node_can_hold_is_refused_long_before_ray_gives_it_up(ask):
     code, _, err = ask("--num-cpus", "64", "verify", "--manifest", "/no/store")
     assert code == 2
     assert re.search(r"verify-\w+: no node that http://127\.0\.0\.1:\d+ has or adds holds 64 CPU; ask for less", err)
-    code, listed, err = ask("--list")
-    assert [job["waits_for"] for job in listed["jobs"] if job["id"].startswith("verify-")] == [
-        "64 CPU; no node can ever hold it"
-    ]
+    listed = ask("--list")[1]["jobs"]
+    (waits_for,) = (job["waits_for"] for job in listed if job["id"].startswith("verify-"))
+    assert waits_for == "64 CPU; no node can ever hold it"
     code, _, err = ask("evaluate", "--use-gpu", "--checkpoint", "/c", "--manifest", "/m")
     assert code == 2
     message = "cvft evaluate: error: --use-gpu: 1 x 1 CPU + 1 GPU cannot be had"
     assert message in err
     assert "no type of node that its autoscaler may add holds them" in err
-    assert time.monotonic() - began < 170  # Ray itself waits for 15 minutes
 
 
 @pytest.mark.parametrize(
