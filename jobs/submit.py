@@ -171,13 +171,13 @@ def _on_what_is_there(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"jobs": jobs}
     if arguments.stop:
         server.stop(arguments.stop)
-        if server.get(arguments.stop).status == "PENDING":
-            LOGGER.info(
-                "%s has not begun, and will not; Ray lists it as PENDING until there would be room for it, or its "
-                "start timeout is over (RAY_JOB_START_TIMEOUT_SECONDS of the head, 15 minutes unless set)",
-                arguments.stop,
-            )
-        return {"submission_id": arguments.stop, "status": "asked to stop"}
+        status = server.get(arguments.stop).status
+        if status == "PENDING":
+            LOGGER.info("%s has not begun; ending it by a job on the head", arguments.stop)
+            status = server.withdraw(arguments.stop).status
+        if status == "PENDING":
+            LOGGER.warning("%s is there still, and ends when there is room for it, or Ray gives it up", arguments.stop)
+        return {"submission_id": arguments.stop, "status": "stopped" if status == "STOPPED" else "asked to stop"}
     attempt, output = _follow(server, server.get(arguments.attach))
     return _end(attempt, output)
 

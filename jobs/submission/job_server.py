@@ -11,8 +11,11 @@ import json
 import logging
 import os
 import re
+import secrets
+import shlex
 import time
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import requests
@@ -28,6 +31,9 @@ _HTTP_ERROR = re.compile(r"Request failed with status code (\d+): (.*)", re.DOTA
 _PAUSES_S = (1.0, 2.0, 4.0)  # before a job server that failed by itself is asked again
 _TIMEOUTS_S = (10.0, 120.0)  # to connect, and to answer: a host that was cut off never would
 _LOG_TIMEOUTS_S = (10.0, 20.0)
+_WITHDRAW = Path(__file__).with_name("withdraw.py")
+_WITHDRAW_S = 120.0
+_POLL_S = 0.5
 # A job's log comes as it is written, without colours, and without the autoscaler's lines: `jobs.room` says what comes.
 _VARIABLES = {"PYTHONUNBUFFERED": "1", "RAY_COLOR_PREFIX": "0", "RAY_SCHEDULER_EVENTS": "0"}
 
@@ -116,6 +122,18 @@ class JobServer:
         """Ask a job to end."""
         with self._errors():
             self._client.stop_job(job_id)
+
+    def withdraw(self, job_id: str) -> Attempt:
+        """End a job that has not begun, which hears no request to end; return what became of it."""
+        helper = f"withdraw-{job_id}-{secrets.token_hex(4)}"
+        program = {"CVFT_PROGRAM": _WITHDRAW.read_text(encoding="utf-8")}
+        command = shlex.join(["python", "-c", "import os; exec(os.environ['CVFT_PROGRAM'])", job_id])
+        with self._errors():
+            self._client.submit_job(submission_id=helper, entrypoint=command, runtime_env={"env_vars": program})
+        deadline = time.monotonic() + _WITHDRAW_S
+        while not self.get(helper).is_over and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return self.get(job_id)  # the helper's record stays: Ray fails a job that is deleted as soon as it has finished
 
     def submit(self, submission: Submission, attempt_id: str, request: Request) -> bool:
         """Submit an attempt; return false where somebody else has just submitted it."""

@@ -30,7 +30,7 @@ def ours(manifest_uri, tracking_uri, tmp_path_factory):
 
     def training(name: str) -> list[str]:
         places = [f"data.manifest={manifest_uri}", f"output={runs}", f"tracking.uri={tracking_uri}"]
-        settings = [*TINY, NO_PICTURES, "train.workers=1", "train.num_epochs=8", f"name={name}"]
+        settings = [*TINY, NO_PICTURES, "train.workers=1", "train.num_epochs=16", f"name={name}"]
         return ["train", "--config", "town", *places, *settings]
 
     with clusters.cluster(NODES="none", GCS_DIR="FOLDER") as cluster:
@@ -55,7 +55,7 @@ def checkpoints(ours, name: str) -> list[Path]:
     return sorted(path.parent for path in (ours.runs / name / "checkpoints").glob(f"*/{MODEL_FILE}"))
 
 
-def test_a_full_queue_says_who_holds_the_room(ours, tmp_path):
+def test_a_full_queue_says_who_holds_the_room_and_what_waits_in_it_can_be_stopped_at_once(ours, tmp_path):
     forever = ["synthesize", "--pairs", "5000", "--workers", "1", "--out"]
     for name in ("one", "other"):
         assert begin(ours, "--name", name, "--no-wait", *forever, str(tmp_path / name)).end()[0] == 0
@@ -65,13 +65,16 @@ def test_a_full_queue_says_who_holds_the_room(ours, tmp_path):
         lines.append(line)
         assert waits.poll() is None, lines
     assert re.search(r"waits waits for 1 CPU; 2 of 2 CPU held by (one 1, other 1|other 1, one 1)$", line)
-    code, _, err = begin(ours, "--stop", "waits").end()
-    assert code == 0
-    assert "waits has not begun, and will not; Ray lists it as PENDING until" in err
-    for name in ("one", "other"):
-        assert begin(ours, "--stop", name).end()[0] == 0
+    code, result, err = begin(ours, "--stop", "waits").end()
+    assert (code, result) == (0, {"submission_id": "waits", "status": "stopped"}), err
     code, _, err = waits.end()
     assert (code, err.splitlines()[-1]) == (1, "cvft submit: waits was stopped")
+    listed = {job["id"]: job["status"] for job in begin(ours, "--list").end()[1]["jobs"]}
+    helper = next(name for name in listed if name.startswith("withdraw-waits-"))
+    assert listed == {"one": "RUNNING", "other": "RUNNING", "waits": "STOPPED", helper: "SUCCEEDED"}
+    assert not (tmp_path / "waits").exists()
+    for name in ("one", "other"):
+        assert begin(ours, "--stop", name).end()[0] == 0
 
 
 @pytest.mark.parametrize(
