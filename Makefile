@@ -58,6 +58,7 @@ cluster: $(VENV)/.developer  ## one machine that behaves as many: Ray with an au
 cluster-stop:  ## end it, and forget what it holds
 	@infra/local/cluster.sh stop $(CLUSTER)
 	rm -rf $(CLUSTER)
+
 test-serving: $(VENV)/.developer .venv-serving/.installed  ## a registered model where only what it asks for is installed
 	@CVFT_SERVING_PYTHON=$(CURDIR)/.venv-serving/bin/python $(BIN)/python -m pytest tests/serving
 

@@ -194,7 +194,6 @@ stop() {  # dir
 
 status() {  # dir
   local pid
-  [[ -e $1/exports ]] || fail "$1: nothing was started here"
   cat "$1/exports"
   # shellcheck disable=SC1091  # what was printed
   source "$1/exports"
@@ -223,11 +222,18 @@ head_again() {  # dir
   start_head "$1"
 }
 
+in_folder() {  # command dir
+  local dir
+  dir=$(cd "$2" 2>/dev/null && pwd) || fail "$2: there is no such folder"
+  [[ -e $dir/exports ]] || fail "$dir: nothing was started here"
+  "$1" "$dir"
+}
+
 [[ $# -eq 2 ]] || usage
 case "$1" in
   start) start "$2" ;;
-  status) status "$(cd "$2" && pwd)" ;;
-  head) head_again "$(cd "$2" && pwd)" ;;
-  stop) stop "$(cd "$2" && pwd)" ;;
+  status) in_folder status "$2" ;;
+  head) in_folder head_again "$2" ;;
+  stop) in_folder stop "$2" ;;
   *) usage ;;
 esac

@@ -207,7 +207,7 @@ stop() {  # dir
 
 in_folder() {  # command dir arguments...
   local dir
-  dir=$(cd "$2" && pwd) || exit 1
+  dir=$(cd "$2" 2>/dev/null && pwd) || fail "$2: there is no such folder"
   [[ -e $dir/settings ]] || fail "$dir: no hosts were started here"
   # shellcheck disable=SC1091  # written by `start`
   source "$dir/settings"

@@ -217,7 +217,7 @@ stop() {  # dir
 
 in_folder() {  # command dir arguments...
   local dir
-  dir=$(cd "$2" && pwd) || exit 1
+  dir=$(cd "$2" 2>/dev/null && pwd) || fail "$2: there is no such folder"
   "$1" "$dir" "${@:3}"
 }
 

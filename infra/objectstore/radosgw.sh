@@ -181,6 +181,10 @@ stop() {  # dir
 case "${1:-}" in
   start) [[ $# -eq 3 ]] || usage; start "$2" "$3" ;;
   check) need_packages ;;
-  stop) [[ $# -eq 2 ]] || usage; stop "$(cd "$2" && pwd)" ;;
+  stop)
+    [[ $# -eq 2 ]] || usage
+    dir=$(cd "$2" 2>/dev/null && pwd) || fail "$2: there is no such folder"
+    stop "$dir"
+    ;;
   *) usage ;;
 esac
