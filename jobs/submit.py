@@ -242,7 +242,7 @@ def _ended(attempt: Attempt) -> str:
 JOB = entry.Job(
     name="submit",
     summary="Run a job on a Ray cluster and follow it; the same request is found again, never run twice at a time.",
-    example="cvft submit --address http://127.0.0.1:8265 evaluate --checkpoint s3://bucket/runs/mine/checkpoints/best"
+    example="cvft submit --address http://127.0.0.1:8265 evaluate --checkpoint models:/mine@candidate"
     " --manifest s3://bucket/cvusa",
     add_arguments=_add_arguments,
     run=_run,

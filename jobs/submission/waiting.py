@@ -50,7 +50,8 @@ def never_holds(server: JobServer, attempt: Attempt) -> bool:
     """Tell whether no node can hold a job that has not begun, now or later."""
     if attempt.status != "PENDING" or not (attempt.needs or attempt.labels):
         return False
-    return _is_infeasible(server, attempt) or (_is_fixed(server) and not _fits(server, attempt))
+    # The autoscaler calls infeasible what does not fit into what is *free*: on a full cluster that is everything.
+    return not _fits(server, attempt) and (_is_fixed(server) or _is_infeasible(server, attempt))
 
 
 def never_begins(server: JobServer, attempt: Attempt) -> bool:

@@ -105,6 +105,26 @@ def test_what_no_node_can_hold_is_refused_long_before_ray_gives_it_up(ask):
     assert "no type of node that its autoscaler may add holds them" in err
 
 
+def test_a_full_cluster_is_waited_for_though_its_autoscaler_calls_all_infeasible(cluster, ask, tmp_path):
+    def begin(name):
+        long = ["synthesize", "--out", str(tmp_path / name), "--pairs", "20000", "--workers", "1"]
+        return Submit(cluster, "--label", "ray.io/node-group=train", "--name", name, *long)  # two nodes with a CPU each
+
+    first, second = begin("first"), begin("second")
+    for each in (first, second):
+        until(each, "rendering")
+    third = begin("third")
+    for _ in range(3):  # 20 s: the autoscaler looks each 5 s
+        told = until(third, "third waits for")[-1]
+    assert re.search(r"third waits for 1 CPU on a node with ray\.io/node-group=train; 2 of \d CPU held by", told)
+    assert ask("--stop", "first")[0] == 0
+    until(third, "rendering")
+    for name in ("second", "third"):
+        assert ask("--stop", name)[0] == 0
+    for each in (first, second, third):
+        assert each.end()[0] == 1
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
