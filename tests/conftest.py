@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,10 +28,13 @@ _BUCKETS = itertools.count()
 
 
 def pytest_configure() -> None:
-    """Keep this machine's MLflow and this machine's speed out of the tests.
+    """Keep this machine's MLflow, this machine's speed and the shell that began them out of the tests.
 
-    Hypothesis fails an example that takes longer than 0.2 s by itself: on a busy machine any does.
+    Hypothesis fails an example that takes longer than 0.2 s by itself: on a busy machine any does. What a script puts
+    into the background ignores Ctrl-C, and so would all that it begins.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if importlib.util.find_spec("hypothesis"):
         from hypothesis import HealthCheck, settings  # noqa: PLC0415
