@@ -94,7 +94,7 @@ class Follower:
 
     def _wait_for_room(self, attempt: Attempt) -> Attempt:
         if waiting.never_holds(self._server, attempt):
-            self._server.stop(attempt.id)
+            self._server.withdraw(attempt.id)
             raise ClusterError(
                 f"{attempt.id}: no node that {self._server.address} has or adds holds {waiting.asked_of(attempt)}; "
                 "ask for less by --num-cpus and --num-gpus, or for other nodes by --label"

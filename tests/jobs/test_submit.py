@@ -29,9 +29,12 @@ def ask(cluster):
     return lambda *arguments: Submit(cluster, *arguments).end()
 
 
+def listed(ask):
+    return {job["id"]: job for job in ask("--list")[1]["jobs"]}
+
+
 def statuses(ask):
-    _, listed, _ = ask("--list")
-    return {job["id"]: job["status"] for job in listed["jobs"]}
+    return {name: job["status"] for name, job in listed(ask).items()}
 
 
 def until(submit, what):
@@ -95,9 +98,11 @@ def test_what_no_node_can_hold_is_refused_long_before_ray_gives_it_up(ask):
     code, _, err = ask("--num-cpus", "64", "verify", "--manifest", "/no/store")
     assert code == 2
     assert re.search(r"verify-\w+: no node that http://127\.0\.0\.1:\d+ has or adds holds 64 CPU; ask for less", err)
-    listed = ask("--list")[1]["jobs"]
-    (waits_for,) = (job["waits_for"] for job in listed if job["id"].startswith("verify-"))
-    assert waits_for == "64 CPU; no node can ever hold it"
+    (status,) = (status for name, status in statuses(ask).items() if name.startswith("verify-"))
+    assert status == "STOPPED"  # it asks for nothing any more
+    assert ask("--name", "large", "--no-wait", "--num-cpus", "64", "verify", "--manifest", "/no/store")[0] == 0
+    clusters.await_true(lambda: listed(ask)["large"]["waits_for"] == "64 CPU; no node can ever hold it")
+    assert ask("--stop", "large")[1]["status"] == "stopped"
     code, _, err = ask("evaluate", "--use-gpu", "--checkpoint", "/c", "--manifest", "/m")
     assert code == 2
     message = "cvft evaluate: error: --use-gpu: 1 x 1 CPU + 1 GPU cannot be had"
