@@ -1,5 +1,6 @@
 """Room on a cluster without an autoscaler: two CPUs, and no more ever. With one, see test_submit.py."""
 
+import threading
 import time
 
 import pytest
@@ -40,14 +41,24 @@ def test_room_that_never_comes_is_refused_at_once(ray_cluster, number, resources
         room.await_room(number, resources, what="train.workers", labels=labels)
 
 
+class Holder:
+    def is_there(self):
+        return True
+
+
 def test_room_that_others_have_is_waited_for_in_words(ray_cluster, caplog):
-    holding = ray.remote(num_cpus=2)(lambda: time.sleep(2.5)).remote()
-    while ray.available_resources().get("CPU", 0) > 0:
-        time.sleep(0.1)
+    holder = ray.remote(num_cpus=2)(Holder).remote()
+    assert ray.get(holder.is_there.remote())
+    waiting = threading.Thread(target=room.await_room, args=[1, {"CPU": 1}], kwargs={"what": "evaluate"}, daemon=True)
     with caplog.at_level("INFO"):
-        room.await_room(1, {"CPU": 1}, what="evaluate")
-    ray.get(holding)
-    assert "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 node; there is no autoscaler" in caplog.text
+        waiting.start()
+        deadline = time.monotonic() + 120
+        told = "waiting for 1 x 1 CPU (evaluate): 0 CPU free of 2 CPU on 1 node; there is no autoscaler"
+        while told not in caplog.text:  # said again each ten seconds: what nodes report may be a moment old
+            assert time.monotonic() < deadline, caplog.text
+            time.sleep(0.1)
+        ray.kill(holder)
+        waiting.join()
     assert "1 x 1 CPU found after" in caplog.text
 
 
