@@ -44,6 +44,9 @@ def hosts(out: Path, folder: Path) -> Iterator[dict[str, str]]:
     environment |= {"PYTHON": sys.executable, "ADDRESS": THIS_MACHINE, "OMP_NUM_THREADS": "1"}
     environment |= {f"RAY_health_check_{name}_ms": value for name, value in HEALTH.items()}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("RAY_health_check_")}
+    for left in (folder, Path(f"{folder}-store")):
+        if left.exists():
+            raise SystemExit(f"{left}: left by a run that went wrong; look at its logs, and delete it")
     (out / "mlflow-hosts.db").unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
 

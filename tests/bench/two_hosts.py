@@ -54,7 +54,7 @@ CONFIGURATION = [
     "tracking.log_every_steps=1",
 ]
 # After which step a link is cut.
-PLANS = {"fixed": {"short": 20, "away": 50, "writer": 90, "apart": 130}, "elastic": {"rest": 40}}
+PLANS = {"fixed": {"short": 20, "away": 50, "writer": 90, "apart": 130}, "elastic": {"rest": 30}}
 # Of a step's loss where the number of workers changed: none before that, rounding alone for so many steps after it, and
 # later what a max pool makes of rounding, when two of its inputs are all but equal (seen after 84 steps).
 TOLERANCE, NUM_STEPS_OF_ROUNDING, LATER_TOLERANCE = 1e-5, 60, 1e-3
@@ -100,7 +100,7 @@ class Cuts:
         if kind == "rest":
             told = began + self.done[-1]["told_s"]
             self._note("on_the_rest_s", job.wait_for(lambda: self._going_on(told)))
-            step = self._step() + 15
+            step = self._step() + 5  # a host that is back needs half a minute to join, and the rest goes on meanwhile
             job.wait_for(lambda: self._step() >= step)
         mended = time.time()
         self._hosts("mend")
