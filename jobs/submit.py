@@ -133,7 +133,7 @@ def _enter(server: JobServer, submission: Submission, request: Request, *, is_an
     for _ in range(_RACES):
         attempts = server.attempts(submission)
         newest = attempts[-1] if attempts else None
-        # One that never starts, for needs that are mended now, is in nobody's way: it was told to stop, if it did.
+        # One that never starts, for needs that are mended now or since its head was lost, is in nobody's way.
         is_stuck = newest is not None and (
             (newest.needs != request.needs and waiting.never_holds(server, newest))
             or waiting.never_begins(server, newest)
