@@ -164,3 +164,20 @@ class Submit(subprocess.Popen):
             self.kill()
             raise AssertionError(f"not over after {timeout_s} s: {self.communicate()[1]}") from None
         return self.returncode, json.loads(out.splitlines()[-1]) if out else None, err
+
+
+@contextlib.contextmanager
+def submitters(environment: dict[str, str], *options: str) -> Iterator[Callable[..., Submit]]:
+    """Begin submitters, each with `options`; those that have not ended by then are ended with it."""
+    begun: list[Submit] = []
+
+    def begin(*arguments: str) -> Submit:
+        begun.append(Submit(environment, *options, *arguments))
+        return begun[-1]
+
+    try:
+        yield begin
+    finally:
+        for submit in begun:
+            submit.kill()
+            submit.communicate()

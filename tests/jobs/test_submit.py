@@ -29,6 +29,17 @@ def ask(cluster):
     return lambda *arguments: Submit(cluster, *arguments).end()
 
 
+@pytest.fixture
+def begin(cluster):
+    """Begin a `cvft submit` whose jobs take the code from this checkout.
+
+    Nodes of one machine share the folder that sent code is unpacked in, and a node that comes unpacks it anew: of two
+    jobs at once one would lose the code under its feet.
+    """
+    with clusters.submitters(cluster, "--working-dir", "none") as begin:
+        yield begin
+
+
 def listed(ask):
     return {job["id"]: job for job in ask("--list")[1]["jobs"]}
 
@@ -74,9 +85,9 @@ def test_what_looks_at_a_folder_is_run_again_when_it_has_finished(ask, tmp_path)
     assert re.search(told, err, re.MULTILINE), err
 
 
-def test_two_submitters_of_one_request_see_one_job_which_ctrl_c_leaves_and_stop_ends(cluster, ask, tmp_path):
+def test_two_submitters_of_one_request_see_one_job_which_ctrl_c_leaves_and_stop_ends(begin, ask, tmp_path):
     long = ["synthesize", "--out", str(tmp_path / "town"), "--pairs", "20000", "--workers", "1"]
-    both = [Submit(cluster, "--name", "long", "--num-cpus", "0", *long) for _ in range(2)]
+    both = [begin("--name", "long", "--num-cpus", "0", *long) for _ in range(2)]
     said = [until(each, "rendering") for each in both]
     assert sorted(any("submitted long to" in line for line in lines) for lines in said) == [False, True]
     leaves, stays = both
@@ -110,15 +121,15 @@ def test_what_no_node_can_hold_is_refused_long_before_ray_gives_it_up(ask):
     assert "no type of node that its autoscaler may add holds them" in err
 
 
-def test_a_full_cluster_is_waited_for_though_its_autoscaler_calls_all_infeasible(cluster, ask, tmp_path):
-    def begin(name):
+def test_a_full_cluster_is_waited_for_though_its_autoscaler_calls_all_infeasible(begin, ask, tmp_path):
+    def begin_long(name):
         long = ["synthesize", "--out", str(tmp_path / name), "--pairs", "20000", "--workers", "1"]
-        return Submit(cluster, "--label", "ray.io/node-group=train", "--name", name, *long)  # two nodes with a CPU each
+        return begin("--label", "ray.io/node-group=train", "--name", name, *long)  # two nodes with a CPU each
 
-    first, second = begin("first"), begin("second")
+    first, second = begin_long("first"), begin_long("second")
     for each in (first, second):
         until(each, "rendering")
-    third = begin("third")
+    third = begin_long("third")
     for _ in range(3):  # 20 s: the autoscaler looks each 5 s
         told = until(third, "third waits for")[-1]
     assert re.search(r"third waits for 1 CPU on a node with ray\.io/node-group=train; 2 of \d CPU held by", told)

@@ -14,7 +14,7 @@ import torch
 
 from cvft.checkpoint import MODEL_FILE
 from tests.jobs import clusters
-from tests.jobs.clusters import Submit, await_true
+from tests.jobs.clusters import await_true
 from tests.jobs.conftest import NO_PICTURES, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
@@ -33,18 +33,11 @@ def ours(manifest_uri, tracking_uri, tmp_path_factory):
         settings = [*TINY, NO_PICTURES, "train.workers=1", "train.num_epochs=16", f"name={name}"]
         return ["train", "--config", "town", *places, *settings]
 
-    with clusters.cluster(NODES="none", GCS_DIR="FOLDER") as cluster:
-        begun: list[Submit] = []
-        yield SimpleNamespace(cluster=cluster, training=training, runs=runs, begun=begun)
-        for submit in begun:
-            if submit.poll() is None:
-                submit.kill()
-                submit.communicate()
-
-
-def begin(ours, *arguments: str) -> Submit:
-    ours.begun.append(Submit(ours.cluster.client, "--working-dir", "none", *arguments))
-    return ours.begun[-1]
+    with (
+        clusters.cluster(NODES="none", GCS_DIR="FOLDER") as cluster,
+        clusters.submitters(cluster.client, "--working-dir", "none") as begin,
+    ):
+        yield SimpleNamespace(cluster=cluster, training=training, runs=runs, begin=begin)
 
 
 def weights(ours, name: str) -> dict[str, torch.Tensor]:
@@ -58,23 +51,23 @@ def checkpoints(ours, name: str) -> list[Path]:
 def test_a_full_queue_says_who_holds_the_room_and_what_waits_in_it_can_be_stopped_at_once(ours, tmp_path):
     forever = ["synthesize", "--pairs", "5000", "--workers", "1", "--out"]
     for name in ("one", "other"):
-        assert begin(ours, "--name", name, "--no-wait", *forever, str(tmp_path / name)).end()[0] == 0
-    waits = begin(ours, "--name", "waits", *forever, str(tmp_path / "waits"))
+        assert ours.begin("--name", name, "--no-wait", *forever, str(tmp_path / name)).end()[0] == 0
+    waits = ours.begin("--name", "waits", *forever, str(tmp_path / "waits"))
     lines = []
     while "waits waits for" not in (line := waits.stderr.readline()) or "2 of 2" not in line:
         lines.append(line)
         assert waits.poll() is None, lines
     assert re.search(r"waits waits for 1 CPU; 2 of 2 CPU held by (one 1, other 1|other 1, one 1)$", line)
-    code, result, err = begin(ours, "--stop", "waits").end()
+    code, result, err = ours.begin("--stop", "waits").end()
     assert (code, result) == (0, {"submission_id": "waits", "status": "stopped"}), err
     code, _, err = waits.end()
     assert (code, err.splitlines()[-1]) == (1, "cvft submit: waits was stopped")
-    listed = {job["id"]: job["status"] for job in begin(ours, "--list").end()[1]["jobs"]}
+    listed = {job["id"]: job["status"] for job in ours.begin("--list").end()[1]["jobs"]}
     helper = next(name for name in listed if name.startswith("withdraw-waits-"))
     assert listed == {"one": "RUNNING", "other": "RUNNING", "waits": "STOPPED", helper: "SUCCEEDED"}
     assert not (tmp_path / "waits").exists()
     for name in ("one", "other"):
-        assert begin(ours, "--stop", name).end()[0] == 0
+        assert ours.begin("--stop", name).end()[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -82,7 +75,7 @@ def test_a_full_queue_says_who_holds_the_room_and_what_waits_in_it_can_be_stoppe
     [(["--num-cpus", "64"], "64 CPU"), (["--label", "where=mars"], "1 CPU on a node with where=mars")],
 )
 def test_what_no_node_there_holds_is_refused_at_once(ours, asks, wanted):
-    code, _, err = begin(ours, *asks, "verify", "--manifest", "/no/store").end()
+    code, _, err = ours.begin(*asks, "verify", "--manifest", "/no/store").end()
     assert code == 2
     assert f" has or adds holds {wanted}; ask for less by --num-cpus" in err
 
@@ -90,7 +83,7 @@ def test_what_no_node_there_holds_is_refused_at_once(ours, asks, wanted):
 @pytest.fixture(scope="module")
 def straight(ours):
     """A training that nothing happens to: how it ended."""
-    return begin(ours, *ours.training("straight")).end()
+    return ours.begin(*ours.training("straight")).end()
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +93,10 @@ def restarted(ours, straight, tmp_path_factory):
     elsewhere = ["--name", "elsewhere", *AWAY, "--num-cpus", "1", "synthesize", "--workers", "1", "--out", str(out)]
     after_it = ["--name", "after_it", *AWAY, "--num-cpus", "2", "synthesize", "--workers", "1", "--out", str(away)]
     with ours.cluster.node(NODE):
-        lives = begin(ours, *elsewhere, "--pairs", "400")
+        lives = ours.begin(*elsewhere, "--pairs", "400")
         await_true(lambda: lives.poll() is not None or len(list(out.rglob("*.jpg"))) > 4)
-        waits = begin(ours, *after_it, "--pairs", "2")
-        lost = begin(ours, *ours.training("restarted"))
+        waits = ours.begin(*after_it, "--pairs", "2")
+        lost = ours.begin(*ours.training("restarted"))
         await_true(lambda: lost.poll() is not None or len(checkpoints(ours, "restarted")) > 1)
         ours.cluster.kill_head()
         ours.cluster.start_head_again()
@@ -112,7 +105,7 @@ def restarted(ours, straight, tmp_path_factory):
             told.append(waits.stderr.readline())
             assert told[-1], told
         # Not to its end: Ray may have given the room to the one that was lost, if it came while the head was away.
-        begin(ours, "--stop", "after_it-2").end()
+        ours.begin("--stop", "after_it-2").end()
         waits.end()
         return SimpleNamespace(lives=lives.end(), lost=lost.end(), told="".join(told))
 
@@ -151,7 +144,7 @@ def test_a_job_that_had_not_begun_is_submitted_again(restarted):
 
 
 def test_what_has_finished_before_is_found_again_with_its_result(ours, straight, restarted):
-    code, result, err = begin(ours, *ours.training("straight")).end()
+    code, result, err = ours.begin(*ours.training("straight")).end()
     assert (code, result) == (0, straight[1])
     assert "is the same request and has finished" in err
 
@@ -159,7 +152,7 @@ def test_what_has_finished_before_is_found_again_with_its_result(ours, straight,
 def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight):
     submitted = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
     with ours.cluster.node(NODE):
-        following = begin(ours, *submitted)
+        following = ours.begin(*submitted)
         await_true(lambda: following.poll() is not None or len(checkpoints(ours, "moved")) > 1)
     with ours.cluster.node(NODE):
         code, result, err = following.end()
