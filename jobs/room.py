@@ -65,6 +65,12 @@ def can_add_nodes() -> bool:
     return _Status.now().has_autoscaler
 
 
+def has_room(resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
+    """Tell whether one node with these labels has so much that nobody uses."""
+    status = _Status.now()
+    return any(_num_in(resources, status.free_of(node)) for node in _labelled(status.nodes, labels))
+
+
 def describe_room(labels: Mapping[str, str]) -> str:
     """Say in one line what the cluster has, what of it is free, and whether more comes."""
     return _Status.now().describe(labels)
@@ -160,17 +166,17 @@ def _others_hold(wanted: _Wanted, status: _Status) -> bool:
     are there: on a full cluster that is everything.
     """
     held = _num_held(wanted, status.nodes)
-    num_free = sum(_num_in(wanted, status.free_of(node)) for node in _labelled(status.nodes, wanted.labels))
+    num_free = sum(_num_in(wanted.resources, status.free_of(node)) for node in _labelled(status.nodes, wanted.labels))
     return status.has_autoscaler and (held >= wanted.number or num_free < held)
 
 
 def _num_held(wanted: _Wanted, nodes: list[dict[str, Any]]) -> int:
     """Return how many of what is wanted fit into the nodes if nothing else is there."""
-    return sum(_num_in(wanted, node["Resources"]) for node in _labelled(nodes, wanted.labels))
+    return sum(_num_in(wanted.resources, node["Resources"]) for node in _labelled(nodes, wanted.labels))
 
 
-def _num_in(wanted: _Wanted, resources: Mapping[str, float]) -> int:
-    return min(int(resources.get(name, 0.0) / amount) for name, amount in wanted.resources.items())
+def _num_in(wanted: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    return min(int(resources.get(name, 0.0) / amount) for name, amount in wanted.items())
 
 
 def _labelled(nodes: list[dict[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:

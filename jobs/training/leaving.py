@@ -14,6 +14,7 @@ import ray.train.collective
 
 from cvft.distributed import current_world
 from jobs.entry import LOGGER
+from jobs.room import has_room
 
 NOTICE = "a node is about to go"
 ROOM = "there is room for more workers"
@@ -26,19 +27,29 @@ class Leaving:
         reason: Why to leave, `NOTICE` or `ROOM`; "" while there is no reason.
     """
 
-    def __init__(self, *, every_steps: int, max_workers: int, resources: Mapping[str, float], room_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        every_steps: int,
+        max_workers: int,
+        resources: Mapping[str, float],
+        labels: Mapping[str, str],
+        room_s: float,
+    ) -> None:
         """Begin to look.
 
         Args:
             every_steps: Number of steps between two questions; each is a round trip to an actor by all ranks.
             max_workers: Number of workers from which on no more are wanted.
             resources: What one worker needs.
+            labels: Labels of the nodes that workers run on.
             room_s: Time that there must have been room for another worker.
         """
         self.reason = ""
         self._every_steps = every_steps
         self._max_workers = max_workers
         self._resources = resources
+        self._labels = labels
         self._room_s = room_s
         self._room_since: float | None = None
         self._world = current_world()
@@ -62,8 +73,8 @@ class Leaving:
         return ROOM if ray.train.collective.broadcast_from_rank_zero(has_room) else ""
 
     def _has_had_room(self) -> bool:
-        free, now = ray.available_resources(), time.monotonic()
-        if any(free.get(name, 0.0) < needed for name, needed in self._resources.items()):
+        now = time.monotonic()
+        if not has_room(self._resources, self._labels):
             self._room_since = None
             return False
         if self._room_since is None:

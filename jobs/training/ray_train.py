@@ -31,11 +31,12 @@ from jobs.config import ExperimentConfig, TrainConfig
 from jobs.entry import LOGGER, log_to_stderr
 from jobs.room import await_room
 from jobs.training import attempts, worker
+from jobs.training.coordinator import LookAnew, coordinator_on_head, look_anew
 from jobs.training.leaving import ROOM, Leaving
 from jobs.training.lost_workers import LostWorkers, describe_failures, is_loss, waiting_is_told
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Metrics
-from jobs.training.releasing import abort, coordinator_on_head, sigterm_as_ctrl_c
+from jobs.training.releasing import abort, sigterm_as_ctrl_c
 from pipeline.storage import Store
 from pipeline.tracking.runs import Run
 
@@ -80,6 +81,7 @@ def train_on_ray(config: ExperimentConfig, run: Run, *, is_trial: bool = False) 
                     LOGGER.info("starting the workers again from the checkpoint they left")
                     if reason == ROOM:
                         room_s *= 2  # where there was none after all, it is tried ever more rarely
+                        look_anew()  # the room may be on a node that has just come
         except ray.train.TrainingFailedError as error:
             _raise_what_ended_it(store, attempt)
             if is_loss(error):
@@ -116,7 +118,8 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
     """Train until it is over or the workers leave; return why they left, "" where it is over."""
     filesystem, path = Store.from_uri(config.folder).arrow
     train = config.train
-    reports = [TuneReportCallback()] if settings["is_durable"] else []
+    further = [LookAnew()] if train.min_workers < train.max_workers else []
+    further += [TuneReportCallback()] if settings["is_durable"] else []
     trainer = _Trainer(
         _run_worker,
         train_loop_config={"config": to_plain(config), **settings},
@@ -133,7 +136,7 @@ def _fit(config: ExperimentConfig, settings: dict[str, Any]) -> str:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-            callbacks=[LostWorkers(max_failures=train.max_failures), *reports],
+            callbacks=[LostWorkers(max_failures=train.max_failures), *further],
         ),
     )
     return str(trainer.fit().return_value)
@@ -191,6 +194,7 @@ def _run_worker(settings: dict[str, Any]) -> str:
         every_steps=config.train.preemption_check_every_steps,
         max_workers=config.train.max_workers,
         resources=_resources(config.train),
+        labels=config.train.node_labels,
         room_s=settings["room_s"],
     )
     mine = attempts.Claim(store, settings["attempt"])

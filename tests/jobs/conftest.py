@@ -1,7 +1,11 @@
 """A town small enough to train on within a test, on disk and in shards."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +74,35 @@ def tiny(manifest_uri, tracking_uri, tmp_path):
         return load("town", [*places, *TINY, NO_PICTURES, "train.workers=1", *overrides])
 
     return configure
+
+
+@pytest.fixture
+def make_node(ray_cluster, tmp_path):
+    """Give Ray a second node with one CPU for a while; further options are those of `ray start`."""
+    ray = pytest.importorskip("ray")
+
+    def alive() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    @contextlib.contextmanager
+    def node(*options: str) -> Iterator[str]:
+        before, log = alive(), tmp_path / "node.log"
+        address = f"--address={ray.get_runtime_context().gcs_address}"
+        command = [Path(sys.executable).with_name("ray"), "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
+        with log.open("wb") as output:
+            process = subprocess.Popen([*command, address, *options], stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 180
+            while not alive() - before:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            (node_id,) = alive() - before
+            yield node_id
+        finally:
+            process.terminate()
+            process.wait()
+            while alive() - before:  # others count nodes
+                time.sleep(0.1)
+
+    return node

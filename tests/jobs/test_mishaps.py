@@ -5,8 +5,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,10 +14,6 @@ from tests.jobs.conftest import NO_PICTURES, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PREEMPTION = 2  # autoscaler.proto: DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-
-
-def alive_nodes(ray):
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +44,10 @@ def runs(mishaps, manifest_uri, tracking_uri, tmp_path_factory):
 
 
 @pytest.fixture
-def spot_node(ray_cluster, tmp_path):
+def spot_node(make_node):
     """A second node with one CPU."""
-    ray = pytest.importorskip("ray")
-    before = alive_nodes(ray)
-    command = [Path(sys.executable).with_name("ray"), "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
-    address = f"--address={ray.get_runtime_context().gcs_address}"
-    log = tmp_path / "node.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, address], stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 180
-        while not alive_nodes(ray) - before:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        (node,) = alive_nodes(ray) - before
+    with make_node() as node:
         yield node
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps, runs, spot_node):

@@ -9,14 +9,14 @@ from mlflow import MlflowClient
 
 from tests.bench.cluster_watch import Watch
 from tests.jobs import clusters
-from tests.jobs.clusters import ROOT, Submit
+from tests.jobs.clusters import ROOT
 from tests.jobs.conftest import NO_PICTURES, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 COORDINATOR = """
 import ray
-from jobs.training.releasing import coordinator_on_head
+from jobs.training.coordinator import coordinator_on_head
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 @ray.remote(num_cpus=1, label_selector={"ray.io/node-group": "cpu"})
@@ -42,6 +42,12 @@ def watch(environment):
     return Watch(environment["RAY_PORT"], {"cpu", "train"})
 
 
+@pytest.fixture
+def begin(environment):
+    with clusters.submitters(environment, "--working-dir", "none") as begin:
+        yield begin
+
+
 def assert_all_is_given_back(watch, environment):
     watch.wait_for_none(60)  # idle nodes go after 15 s, and a request that nobody takes back holds them for 200 s
     held = watch.held(environment["RAY_API_SERVER_ADDRESS"])
@@ -55,16 +61,17 @@ def test_a_driver_on_a_node_leaves_nothing_of_ray_train_there(environment, watch
     assert_all_is_given_back(watch, environment)
 
 
-def test_a_training_that_is_stopped_gives_its_nodes_back(environment, watch, manifest_uri, tracking_uri, tmp_path):
+def test_a_training_that_is_stopped_gives_its_nodes_back(
+    begin, environment, watch, manifest_uri, tracking_uri, tmp_path
+):
     places = [f"data.manifest={manifest_uri}", f"output={tmp_path}", f"tracking.uri={tracking_uri}", NO_PICTURES]
     workers = ["train.workers=2", "train.num_epochs=1000", "train.node_labels={ray.io/node-group: train}"]
-    submitted = ["--working-dir", "none", "--name", "long", "train", "--config", "town", "name=long"]
-    job = Submit(environment, *submitted, *places, *TINY, *workers)
+    job = begin("--name", "long", "train", "--config", "town", "name=long", *places, *TINY, *workers)
     while not list(tmp_path.glob("long/checkpoints/*/checkpoint.json")):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.2)
     assert watch.demands()["request_resources"] == 2  # Ray Train's own
-    assert Submit(environment, "--stop", "long").end()[0] == 0
+    assert begin("--stop", "long").end()[0] == 0
     code, _, err = job.end()
     assert code == 1
     assert "cvft train: interrupted; the same command continues where it can" in err
