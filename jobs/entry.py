@@ -43,6 +43,7 @@ class Job:
             data, stores or clusters: `plain` where the parser refuses all that can be. See `jobs.submission`.
         state: What it looks at or changes and its arguments do not fix, in words: its result may be another one at the
             next call. "" where the result follows from what the arguments name.
+        is_repeatable: Doing it twice gives what doing it once gives, so that one that was lost may be given again.
         takes_command: Everything from the first argument without a dash on is the command of another job.
     """
 
@@ -53,6 +54,7 @@ class Job:
     run: Callable[[argparse.Namespace], dict[str, Any]]
     resolve: Callable[[argparse.Namespace], dict[str, Any]]
     state: str = ""
+    is_repeatable: bool = True
     takes_command: bool = False
 
 

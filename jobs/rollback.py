@@ -64,6 +64,7 @@ JOB = entry.Job(
     run=_run,
     resolve=_resolve,
     state="the registry",
+    is_repeatable=False,  # twice is two champions back
 )
 
 if __name__ == "__main__":

@@ -114,6 +114,12 @@ def _see_through(
         is_anew = False  # what somebody else has finished meanwhile answers this request
         if attempt.is_not_started:
             LOGGER.warning("%s %s; submitting it again", attempt.id, _ended(attempt))
+        elif attempt.is_lost and not submission.is_repeatable:
+            raise EndedElsewhereError(
+                f"{attempt.id} {_ended(attempt)}; see whether it was done before you give it again: twice is another "
+                "thing than once",
+                code=1,
+            )
         elif attempt.is_lost and num_lost < arguments.retries:
             num_lost += 1
             LOGGER.warning("%s %s; submitting it again", attempt.id, _ended(attempt))

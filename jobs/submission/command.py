@@ -47,6 +47,7 @@ class Submission:
         name: Id of the first attempt; the next ones are `name-2`, `name-3`, ...
         state: What may have changed since the same request has finished, in words, so that its result is no answer any
             more; "" where the result follows from what is asked.
+        is_repeatable: It may be given again where nobody knows how far it came.
     """
 
     job: str
@@ -54,6 +55,7 @@ class Submission:
     meaning: Mapping[str, Any]
     name: str
     state: str
+    is_repeatable: bool
 
     @property
     def digest(self) -> str:
@@ -101,7 +103,14 @@ def read(command: Sequence[str], *, known: Sequence[str], name: str | None = Non
     arguments = entry.parse_arguments(described, command[1:])
     meaning = described.resolve(arguments)
     state = described.state or _moving(meaning)
-    asked = Submission(job=job, arguments=tuple(command[1:]), meaning=meaning, name="", state=state)
+    asked = Submission(
+        job=job,
+        arguments=tuple(command[1:]),
+        meaning=meaning,
+        name="",
+        state=state,
+        is_repeatable=described.is_repeatable,
+    )
     run_name = meaning.get("name")
     parts = [job, *([run_name[:_MAX_NAME]] if isinstance(run_name, str) else []), asked.digest[:8]]
     return replace(asked, name=name or "-".join(parts))

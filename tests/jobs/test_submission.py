@@ -44,6 +44,13 @@ def test_a_default_that_is_spelt_out_is_no_other_request():
     assert asked(*TRAIN).digest == asked(*TRAIN, "train.max_failures=3").digest
 
 
+def test_twice_is_as_good_as_once_but_for_a_rollback():
+    jobs = {name: importlib.import_module(f"jobs.{name}").JOB for name in KNOWN}
+    assert [name for name, job in jobs.items() if not job.is_repeatable] == ["rollback"]
+    assert not asked("rollback", "--tracking-uri", "http://mlflow:5000").is_repeatable
+    assert asked(*TRAIN).is_repeatable
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -5,6 +5,7 @@ from which the tests read: they take minutes.
 """
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,14 +150,33 @@ def test_what_has_finished_before_is_found_again_with_its_result(ours, straight,
     assert "is the same request and has finished" in err
 
 
-def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight):
-    submitted = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
-    with ours.cluster.node(NODE):
-        following = ours.begin(*submitted)
-        await_true(lambda: following.poll() is not None or len(checkpoints(ours, "moved")) > 1)
-    with ours.cluster.node(NODE):
-        code, result, err = following.end()
+@pytest.fixture(scope="module")
+def moved(ours, straight):
+    """A training, and a rollback whose MLflow says nothing, while their node is lost and another one comes."""
+    training = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with ours.cluster.node(NODE):
+            following = ours.begin(*training)
+            rolling_back = ours.begin("--name", "back", *AWAY, "rollback", "--reason", "wrong", "--tracking-uri", uri)
+            silent.accept()
+            await_true(lambda: following.poll() is not None or len(checkpoints(ours, "moved")) > 1)
+        with ours.cluster.node(NODE):
+            return SimpleNamespace(training=following.end(), rollback=rolling_back.end())
+
+
+def test_a_job_whose_own_node_is_lost_is_submitted_again_and_equals_one_that_was_not(ours, straight, moved):
+    code, result, err = moved.training
     assert code == 0, err
     assert len([line for line in err.splitlines() if line.endswith("; submitting it again")]) == 1
     assert result["epochs_done"] == straight[1]["epochs_done"]
     torch.testing.assert_close(weights(ours, "moved"), weights(ours, "straight"), rtol=0, atol=0)
+
+
+def test_what_may_have_been_done_and_is_not_to_be_done_twice_is_not_submitted_again(ours, moved):
+    code, result, err = moved.rollback
+    assert (code, result) == (1, None), err
+    last = err.splitlines()[-1]
+    assert last.startswith("cvft submit: back was lost with its node (")
+    assert "; see whether it was done before you give it again" in last
+    assert "back-2" not in {job["id"] for job in ours.begin("--list").end()[1]["jobs"]}
