@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -25,6 +24,7 @@ from jobs.entry import LOGGER
 from jobs.submission import waiting
 from jobs.submission.attempt import Attempt
 from jobs.submission.job_server import AwayError, BusyError, JobServer, UnknownJobError
+from jobs.submission.screen import Screen
 
 _POLL_S = 1.0
 _SAY_S = 10.0
@@ -48,6 +48,7 @@ class Follower:
         self._server = server
         self._attempt = attempt
         self._num_shown = 0
+        self._screen = Screen()
         self._kept: deque[str] = deque()
         self._num_kept = 0
         self._last_said = time.monotonic()
@@ -65,6 +66,15 @@ class Follower:
         Raises:
             ClusterError: The cluster can never hold the job, which is stopped then; or it has been away for minutes.
         """
+        try:
+            return self._follow()
+        finally:
+            self._screen.close()
+            if self._screen.num_left_out:
+                told = "%d lines of stacks of Ray's own raylets are not shown; ray job logs %s has them"
+                LOGGER.info(told, self._screen.num_left_out, self._attempt.id)
+
+    def _follow(self) -> Attempt:
         while True:
             try:
                 attempt = self._look()
@@ -182,8 +192,7 @@ class Follower:
     def _show_new(self, text: str, num_before: int) -> None:
         new = text[max(0, self._num_shown - num_before) :]
         if new:
-            sys.stderr.write(new)
-            sys.stderr.flush()
+            self._screen.write(new)
             self._num_shown += len(new)
             self._keep(new)
 
