@@ -4,6 +4,7 @@ The head is killed and started again with its state, and so is the node of a job
 from which the tests read: they take minutes.
 """
 
+import contextlib
 import re
 import socket
 from pathlib import Path
@@ -154,12 +155,13 @@ def test_what_has_finished_before_is_found_again_with_its_result(ours, straight,
 def moved(ours, straight):
     """A training, and a rollback whose MLflow says nothing, while their node is lost and another one comes."""
     training = [*AWAY, "--num-cpus", "1", *ours.training("moved")]
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as silent, contextlib.ExitStack() as open_till_the_end:
+        silent.settimeout(clusters.START_S)
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with ours.cluster.node(NODE):
             following = ours.begin(*training)
             rolling_back = ours.begin("--name", "back", *AWAY, "rollback", "--reason", "wrong", "--tracking-uri", uri)
-            silent.accept()
+            open_till_the_end.enter_context(silent.accept()[0])
             await_true(lambda: following.poll() is not None or len(checkpoints(ours, "moved")) > 1)
         with ours.cluster.node(NODE):
             return SimpleNamespace(training=following.end(), rollback=rolling_back.end())
