@@ -27,7 +27,11 @@ def interrupt(job, arguments, *, seen):
             if seen in line:
                 break
         running.send_signal(signal.SIGINT)
-        _, rest = running.communicate(timeout=300)
+        try:
+            _, rest = running.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise
     return running.returncode, rest
 
 
