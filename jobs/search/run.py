@@ -110,7 +110,8 @@ def _fit(search: Search, events: Events, local: str) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consider boosting PBT")  # a trial's process is its own
-        tuner.fit()
+        with events.ctrl_c:
+            tuner.fit()
     events.finish()
 
 
