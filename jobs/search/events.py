@@ -14,7 +14,6 @@ from ray.util import remove_placement_group
 
 from jobs import tracked
 from jobs.entry import LOGGER
-from jobs.search.ctrl_c import CtrlC
 from jobs.search.journal import TrialRecord
 from jobs.search.plan import Search
 from jobs.search.table import Table
@@ -36,7 +35,6 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
     """Keeps the journal while Tune works."""
 
     def __init__(self, search: Search) -> None:
-        self.ctrl_c = CtrlC()
         self._search = search
         self._table = Table(search)
         self._saved = time.monotonic()
@@ -82,7 +80,6 @@ class Events(Unpickled, Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Count the time and keep what is due; Tune calls it several times a second."""
-        self.ctrl_c.check()
         alive = {trial.trial_id for trial in trials if trial.status == "RUNNING"}
         self._running = {identity: number for identity, number in self._running.items() if identity in alive}
         self._tick()

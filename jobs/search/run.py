@@ -110,8 +110,7 @@ def _fit(search: Search, events: Events, local: str) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consider boosting PBT")  # a trial's process is its own
-        with events.ctrl_c:
-            tuner.fit()
+        tuner.fit()
     events.finish()
 
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.search import run
-from jobs.search.ctrl_c import CtrlC
 from tests.jobs.conftest import NO_PICTURES, TINY
 
 LINE = "cvft {}: interrupted; the same command continues where it can"
@@ -89,15 +88,3 @@ def test_an_interrupted_search_says_so_while_tune_still_writes(monkeypatch, tmp_
             run.run_search(SimpleNamespace(has_work=True))
     finally:
         ended.set()
-
-
-def test_an_interrupt_that_a_library_drops_is_raised_again():
-    ctrl_c = CtrlC()
-    ctrl_c.check()
-    before = signal.getsignal(signal.SIGINT)
-    with ctrl_c:
-        with contextlib.suppress(KeyboardInterrupt):  # as a library does
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            ctrl_c.check()
-    assert signal.getsignal(signal.SIGINT) is before
