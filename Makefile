@@ -80,7 +80,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@test -x .venv-tensorflow/bin/python || $(PYTHON) -m venv .venv-tensorflow
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest
+	@.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt safetensors tensorflow-cpu pytest pytest-timeout
 	@touch $@
 
 # A torch of its own: torchvision imports beside the very build of torch that it was made for, and only there.
@@ -89,7 +89,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@test -x .venv-timm/bin/python || $(PYTHON) -m venv .venv-timm
 	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
-	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check timm==1.0.31 numpy safetensors pytest
+	@.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check timm==1.0.31 numpy safetensors pytest pytest-timeout
 	@touch $@
 
 # litdata and mosaicml-streaming ask for torchvision and the SDKs of four clouds: they go in last and without
