@@ -78,6 +78,34 @@ def test_a_broken_field_of_a_ray_job_and_a_cron_job_is_caught():
     assert validators.kubernetes_problems(cron)
 
 
+DELETE = {"policy": "DeleteCluster"}
+RULE = {**DELETE, "condition": {"jobStatus": "FAILED", "ttlSeconds": 60}}
+LEGACY = {"onSuccess": DELETE, "onFailure": DELETE}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "refused_at"),
+    [
+        ("managedBy", "ray.io/kuberay-operator", None),
+        ("managedBy", "kueue", "$.spec.managedBy"),
+        ("deletionStrategy", LEGACY, None),
+        ("deletionStrategy", {"deletionRules": [RULE]}, None),
+        ("deletionStrategy", {"onSuccess": DELETE}, "$.spec.deletionStrategy"),
+        ("deletionStrategy", {**LEGACY, "deletionRules": [RULE]}, "$.spec.deletionStrategy"),
+        (
+            "deletionStrategy",
+            {"deletionRules": [RULE, {**DELETE, "condition": {"ttlSeconds": 60}}]},
+            "$.spec.deletionStrategy.deletionRules[1].condition",
+        ),
+    ],
+)
+def test_what_only_a_rule_beside_the_schema_refuses_is_caught(field, value, refused_at):
+    (job,) = validators.documents(KUBERAY / "jobs" / "train" / "rayjob.yaml")
+    job["spec"][field] = value
+    problems = validators.kubernetes_problems(job)
+    assert [line.partition(":")[0] for line in problems] == [refused_at] * bool(refused_at)
+
+
 def test_what_only_the_operator_refuses_is_caught():
     cluster = ray_cluster()
     job = {"kind": "RayJob", "metadata": {"name": "job"}, "spec": {"rayClusterSpec": cluster["spec"]}}

