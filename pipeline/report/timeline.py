@@ -47,6 +47,7 @@ def timeline_figure(
     stages: Sequence[Stage],
     mishaps: Sequence[Mishap] = (),
     title: str = "Nodes of the cluster while jobs run",
+    group: str = "{} nodes",
     mishap: str = "a node is killed",
     theme: Theme = LIGHT,
 ) -> Figure:
@@ -57,19 +58,20 @@ def timeline_figure(
         stages: Jobs, in the order of time.
         mishaps: Nodes that were lost.
         title: The heading.
+        group: How the legend calls a type of node.
         mishap: What happened to them.
         theme: Colours.
     """
     figure = new_figure(width_px=_WIDTH_PX, height_px=_HEIGHT_PX, background=theme.background)
     axes = figure.add_subplot()
     times = [time for time, _ in samples]
-    groups = sorted({group for _, nodes in samples for group in nodes})
+    groups = sorted({name for _, nodes in samples for name in nodes})
     highest = max((number for _, nodes in samples for number in nodes.values()), default=1)
     colours = dict(zip(groups, theme.series * len(groups), strict=False))
-    for group in groups:
-        numbers = [nodes.get(group, 0) for _, nodes in samples]
-        axes.step(times, numbers, where="post", color=colours[group], linewidth=2.2, label=f"{group} nodes")
-        axes.fill_between(times, numbers, step="post", color=colours[group], alpha=0.14, linewidth=0)
+    for name in groups:
+        numbers = [nodes.get(name, 0) for _, nodes in samples]
+        axes.step(times, numbers, where="post", color=colours[name], linewidth=2.2, label=group.format(name))
+        axes.fill_between(times, numbers, step="post", color=colours[name], alpha=0.14, linewidth=0)
     for number, stage in enumerate(stages):
         label = "a job, from submission to end" if number == 0 else None
         axes.axvspan(stage.began_s, stage.ended_s, color=theme.grid, alpha=0.55, linewidth=0, zorder=0, label=label)

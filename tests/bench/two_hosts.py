@@ -240,9 +240,10 @@ def draw(out: Path, results: dict[str, Any], samples: list[tuple[float, dict[str
     stages = [Stage(name, result["began"] - began, result["ended"] - began) for name, result in results.items()]
     mishaps = [Mishap(cut["at"] - began, cut["host"]) for result in results.values() for cut in result["cuts"]]
     alive = [(at - began, nodes) for at, nodes in samples]
-    timeline_figure(alive, stages=stages, mishaps=mishaps, title=TITLE, mishap="a link is cut").savefig(
-        out / "hosts.png"
+    figure = timeline_figure(
+        alive, stages=stages, mishaps=mishaps, title=TITLE, group="host {}", mishap="a link is cut"
     )
+    figure.savefig(out / "hosts.png")
 
 
 def main() -> int:

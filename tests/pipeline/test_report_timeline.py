@@ -18,6 +18,7 @@ def test_each_type_of_node_is_a_line_of_its_numbers_and_a_type_that_is_missing_h
         "train nodes": [[0, 0], [1, 0], [2, 0], [3, 2], [4, 0]],
     }
     assert [text.get_text() for text in axes.texts] == ["shard", "train"]
+    assert [line.get_label() for line in drawn(group="host {}").lines] == ["host cpu", "host train"]
 
 
 def test_a_lost_node_is_marked_where_it_was_lost_on_the_line_of_its_type():
