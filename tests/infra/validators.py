@@ -129,7 +129,8 @@ def _rule_problems(schema: dict[str, Any], data: Any, where: str) -> Iterator[st
         others = schema.get("additionalProperties")
         for key, value in data.items():
             below = schema.get("properties", {}).get(key, others)
-            yield from _rule_problems(below, value, f"{where}.{key}") if isinstance(below, dict) else ()
+            if isinstance(below, dict):  # a field of any content has none
+                yield from _rule_problems(below, value, f"{where}.{key}")
     elif isinstance(data, list):
         for number, value in enumerate(data):
             yield from _rule_problems(schema.get("items", {}), value, f"{where}[{number}]")
