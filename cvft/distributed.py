@@ -21,6 +21,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+# Imported before a process group is made: DDP imports it later otherwise, and its default arguments keep the group for
+# ever. Gloo's threads then outlive destroy_process_group, and one that wants the GIL as the interpreter ends aborts it.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
