@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -213,6 +214,15 @@ def test_the_table_has_a_row_for_each_trial_and_a_column_for_each_key():
     ]
 
 
+def read_terminal(reader: int) -> bytes:
+    """Read a terminal to its end: what was written may come in parts."""
+    parts = []
+    with os.fdopen(reader, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # EIO: its other end is closed
+        while part := screen.read(10_000):
+            parts.append(part)
+    return b"".join(parts)
+
+
 def test_in_a_terminal_the_table_is_drawn_over_itself_and_in_a_log_it_is_a_line(monkeypatch, caplog):
     journal = SimpleNamespace(
         in_order=lambda: iter([record(0, {"train.loss.gamma": 5.0}), record(1, {}, status="failed")])
@@ -220,14 +230,13 @@ def test_in_a_terminal_the_table_is_drawn_over_itself_and_in_a_log_it_is_a_line(
     spec = SimpleNamespace(metric="recall_at_1")
     search = SimpleNamespace(spec=spec, journal=journal, proposer=SimpleNamespace(num_trials=4))
     reader, writer = os.openpty()
-    with os.fdopen(reader, "rb", buffering=0) as screen, os.fdopen(writer, "w") as terminal:
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.stderr", terminal)
-            table = Table(search)
-            table.show(running=2)
-            table.show(running=2)  # too early
-            table.show(running=0, is_last=True)
-        drawn = screen.read(10_000).decode()
+    with os.fdopen(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        table = Table(search)
+        table.show(running=2)
+        table.show(running=2)  # too early
+        table.show(running=0, is_last=True)
+    drawn = read_terminal(reader).decode()
     first, second = drawn.split("\x1b[4A\x1b[J")
     assert first.replace("2 running", "0 running") == second
     assert "search: 2/4 trials begun, 2 running, 1 finished, 1 failed, best 10.00 % (trial-0000)" in first
