@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.mishaps import ROOT
 from tests.mlflow_server import MlflowServer
@@ -152,13 +152,21 @@ class Nodes(threading.Thread):
         super().__init__(daemon=True)
         self.samples: list[tuple[float, dict[str, int]]] = []
         self.nodes: list[Any] = []
-        self.is_over = threading.Event()
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self.join()
 
     def run(self) -> None:
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
         nodes = f"{os.environ['RAY_API_SERVER_ADDRESS']}/api/v0/nodes?detail=1"
         request = urllib.request.Request(nodes, headers={"Authorization": f"Bearer {token}"})
-        while not self.is_over.wait(0.5):
+        while not self._is_over.wait(0.5):
             with urllib.request.urlopen(request, timeout=30) as reply:
                 found = json.load(reply)["data"]["result"]["result"]
             self.nodes = [node for node in found if node["node_ip"] in ADDRESSES]

@@ -149,10 +149,9 @@ def cut(out: Path, folder: Path, wanted: list[str]) -> int:
     """Train on the hosts with the mishaps that are wanted, and compare."""
     chosen = {name: {kind: step for kind, step in plan.items() if kind in wanted} for name, plan in PLANS.items()}
     plans = {name: plan for name, plan in chosen.items() if plan}
-    with hosts(out, folder) as environment:
-        bucket, nodes = Bucket(), Nodes()
+    with hosts(out, folder) as environment, Nodes() as nodes:
+        bucket = Bucket()
         bucket.put(out / "data")
-        nodes.start()
         results = {}
         for name, plan in plans.items():
             before = traffic()
@@ -168,8 +167,6 @@ def cut(out: Path, folder: Path, wanted: list[str]) -> int:
             results[name]["published"] = bucket.published(name)
             results[name]["mlflow"] = history(environment["MLFLOW_TRACKING_URI"], name)
             bucket.fetch(name, out / "runs")
-        nodes.is_over.set()
-        nodes.join()
     return judge(out, results, nodes.samples)
 
 
