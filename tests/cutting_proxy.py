@@ -9,6 +9,8 @@ import struct
 import threading
 from typing import Literal
 
+from tests.ports import free_ports
+
 Direction = Literal["to_server", "to_client"]
 
 
@@ -17,8 +19,8 @@ class CuttingProxy:
 
     def __init__(self, target_port: int) -> None:
         self._target = ("127.0.0.1", target_port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        (self.port,) = free_ports(1)  # nobody is given it while the proxy is away
+        self._listener = socket.create_server(("127.0.0.1", self.port))
         self._lock = threading.Lock()
         self.cut("to_client", times=0)
         threading.Thread(target=self._accept, daemon=True).start()

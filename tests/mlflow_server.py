@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.ports import free_ports
+
 
 class MlflowServer:
     """Serves an sqlite file, its artifacts beside it, on one port for as long as this object lives.
@@ -19,9 +21,7 @@ class MlflowServer:
 
     def __init__(self, database: Path, *, host: str = "127.0.0.1") -> None:
         self.host = host
-        with socket.socket() as free:
-            free.bind((host, 0))
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.uri = f"http://{host}:{self.port}"
         self._environment = {
             **os.environ,

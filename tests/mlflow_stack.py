@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.ports import free_ports
 
 SCRIPT = Path(__file__).parents[1] / "infra/mlflow/server.sh"
 
@@ -31,9 +32,7 @@ class MlflowStack:
         self._prefix = prefix
         self._environment = {**os.environ, "PYTHON": sys.executable, **(environment or {})}
         if not (folder / "port").exists():
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self._environment["PORT"] = str(free.getsockname()[1])
+            self._environment["PORT"] = str(free_ports(1, width=4)[0])  # of which the server's parts have the next
 
     def __call__(self, command: str) -> dict[str, str]:
         """Run `start`, `kill` or `stop`; return what it exports."""

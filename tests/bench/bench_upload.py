@@ -38,6 +38,7 @@ import boto3
 from pipeline import s3
 from pipeline.storage import Store
 from tests.memory import peak_growth_bytes
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 GATEWAY = ROOT / "infra/objectstore/radosgw.sh"
@@ -167,7 +168,7 @@ def measure_peak(method: str, bucket: str, shard: Path) -> int:
 
 @contextlib.contextmanager
 def moto(folder: Path) -> Iterator[None]:
-    port = free_port()
+    (port,) = free_ports(1)
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "a",
@@ -187,8 +188,9 @@ def moto(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def radosgw(folder: Path) -> Iterator[None]:
-    command = [GATEWAY, "start", folder / "ceph", str(free_port())]
-    environment = os.environ | {"MON_PORT": str(free_port())}
+    port, mon_port = free_ports(2)
+    command = [GATEWAY, "start", folder / "ceph", str(port)]
+    environment = os.environ | {"MON_PORT": str(mon_port)}
     started = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     os.environ |= dict(re.findall(r"export (\w+)=(\S+)", started.stdout))
     try:
@@ -200,12 +202,6 @@ def radosgw(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def env(_: Path) -> Iterator[None]:
     yield
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def is_open(port: int) -> bool:

@@ -14,14 +14,12 @@ right.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import random
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -40,6 +38,7 @@ from pipeline.plan import Cut
 from pipeline.runner import Here
 from pipeline.synthetic.write import TownConfig, write_town
 from tests.mishaps import ROOT, Final, Runs, Training, traced_worker
+from tests.ports import free_ports
 
 TINY = [
     "preprocess.ground_size_px=[32, 176]",
@@ -84,14 +83,6 @@ def make_town(folder: Path) -> Runs:
     manifest = build_shards(folder / "town", str(folder / "store"), options, runner=Here()).manifest
     (folder / "runs").mkdir()
     return Runs(folder / "runs", [f"data.manifest={manifest}", f"tracking.uri=sqlite:///{folder}/mlflow.db", *TINY])
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Nodes:

@@ -6,9 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,32 +17,13 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "infra" / "local" / "cluster.sh")
 RAY = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
 START_S = 600.0  # nobody waits that long but where something is wrong: tests share a busy machine
 _NUMBERS = itertools.count()
-
-
-def free_ports() -> tuple[int, int]:
-    """Two ports that are free, the first with the next one to it.
-
-    Not of those that the system gives to connections by itself: between now and their use one of Ray's would take it.
-    """
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port, other = random.SystemRandom().sample(range(10_000, first_given - 1), 2)
-        if other != port + 1 and all(_is_free(each) for each in (port, port + 1, other)):
-            return port, other
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
 
 
 class Cluster:
@@ -58,7 +37,7 @@ class Cluster:
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
         own = {"PARTS": "ray", "PYTHON": sys.executable, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
         self._folder = folder
-        port, dashboard_port = free_ports()
+        port, dashboard_port = free_ports(2, width=2)  # Ray's client has the one next to it
         self._environment = plain | own | {"RAY_PORT": str(port), "DASHBOARD_PORT": str(dashboard_port)} | settings
         self.client: dict[str, str] = {}
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
+
+from tests.ports import free_ports
 
 SCRIPT = Path(__file__).parents[2] / "infra/objectstore/radosgw.sh"
 _BUCKETS = itertools.count()
@@ -60,14 +61,3 @@ def radosgw_uri(radosgw: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str
     bucket = f"bucket-{next(_BUCKETS)}"
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/data"
-
-
-def free_ports(num_ports: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(num_ports)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
-    return ports

@@ -14,7 +14,8 @@ from pyarrow import fs
 from cvft.errors import StoreError
 from pipeline.s3_upload import PART_BYTES
 from pipeline.storage import Store
-from tests.objectstore.conftest import free_ports, start_radosgw, stop_radosgw
+from tests.objectstore.conftest import start_radosgw, stop_radosgw
+from tests.ports import free_ports
 from tests.store_contract import StoreContract
 
 pytestmark = pytest.mark.objectstore
