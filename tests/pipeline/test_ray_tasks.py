@@ -82,7 +82,14 @@ def kill_agents(_):
             os.kill(int(child), signal.SIGKILL)
     time.sleep(60)
 
-ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+for is_last in (False, False, True):
+    try:
+        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        break
+    except Exception as error:  # on a busy machine Ray's parts miss deadlines of their own
+        ray.shutdown()
+        if is_last or "timed out during startup" not in str(error):
+            raise
 try:
     list(OnRay().run(kill_agents, [0], lambda: None))
 except ClusterError as error:
@@ -93,6 +100,6 @@ except ClusterError as error:
 @pytest.mark.slow
 def test_a_ray_that_ends_is_told_in_one_line():
     done = subprocess.run(
-        [sys.executable, "-c", KILL_RAYS_AGENT], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", KILL_RAYS_AGENT], capture_output=True, text=True, timeout=600, check=False
     )
     assert re.search(r"^Ray ended \(.+\); what is finished is kept, start it again$", done.stdout, re.MULTILINE), done

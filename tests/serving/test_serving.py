@@ -24,6 +24,7 @@ from cvft.snapshot import save_checkpoint
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.runs import open_run
 from pipeline.tracking.server import prepare
+from tests.ports import free_ports
 
 PYTHON = os.environ.get("CVFT_SERVING_PYTHON", "")
 pytestmark = [
@@ -140,9 +141,7 @@ def test_mlflow_models_predict_gives_them_from_json(served, tmp_path):
 
 def test_mlflow_models_serve_gives_them_over_http(served, tmp_path):
     model, pixels, expected = served
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [PYTHON, "-m", "mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
@@ -154,7 +153,7 @@ def test_mlflow_models_serve_gives_them_over_http(served, tmp_path):
             start_new_session=True,  # it starts others, which end with it
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not _answers(port):
                 assert server.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
                 assert time.monotonic() < deadline, (tmp_path / "log").read_text(encoding="utf-8")
