@@ -66,18 +66,18 @@ def test_an_interrupted_search_says_so_while_tune_still_writes(monkeypatch, tmp_
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "environ", dict(os.environ))  # a search sets there what Tune reads
     monkeypatch.setattr(run, "Events", lambda search: None)
-    ended = threading.Event()
+    ended, writer = threading.Event(), []
 
     def write(folder):
         number = 0
         while not ended.is_set():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # taken away between two looks of mkdir
                 folder.mkdir(exist_ok=True)
                 (folder / str(number := number + 1)).touch()
 
     def interrupted(search, events, local):
-        thread = threading.Thread(target=write, args=(Path(local, "tune"),), daemon=True)
-        thread.start()
+        writer.append(threading.Thread(target=write, args=(Path(local, "tune"),), daemon=True))
+        writer[0].start()
         while not Path(local, "tune", "100").exists():
             pass
         raise KeyboardInterrupt
@@ -88,3 +88,5 @@ def test_an_interrupted_search_says_so_while_tune_still_writes(monkeypatch, tmp_
             run.run_search(SimpleNamespace(has_work=True))
     finally:
         ended.set()
+        for thread in writer:
+            thread.join()
