@@ -35,7 +35,7 @@ def runs(mishaps, manifest_uri, tracking_uri, tmp_path_factory):
         f"tracking.uri={tracking_uri}",
         *TINY,
         NO_PICTURES,
-        "train.num_epochs=6",
+        "train.num_epochs=12",
     ]
     often = ["train.checkpoint_every_steps=4", "train.preemption_check_every_steps=1"]
     runs = mishaps.Runs(tmp_path_factory.mktemp("runs"), [*overrides, *often])
@@ -79,7 +79,7 @@ def test_a_killed_worker_and_then_a_node_that_says_it_goes_change_no_bit(mishaps
 
 @pytest.mark.cluster
 def test_a_worker_that_hangs_is_given_up_after_a_while_and_changes_no_bit(mishaps, runs):
-    patience = ["train.collective_timeout_s=12", "train.store_patience_s=10", "train.max_failures=1"]
+    patience = ["train.collective_timeout_s=40", "train.store_patience_s=30", "train.max_failures=1"]
     training = mishaps.Training(runs, "hanging", 2, further=patience)
     hanging = training.wait_for_step(5)[1]["pid"]
     os.kill(hanging, signal.SIGSTOP)

@@ -132,7 +132,8 @@ def test_a_job_that_lives_through_it_is_shown_on_with_nothing_lost_or_twice(ours
     assert code == 0, err
     assert result["num_written"] == 400
     assert "answers again" in err
-    own = [line for line in err.splitlines() if "http://" not in line and "its log cannot be read" not in line]
+    of_the_submitter = ("http://", "its log cannot be read", "elsewhere waits for")  # the last on a busy machine only
+    own = [line for line in err.splitlines() if not any(words in line for words in of_the_submitter)]
     written = ours.cluster.log_of("elsewhere").splitlines()
     assert own == written[-len(own) :]
     assert written[-len(own) - 1 : -len(own)] in ([], [written[0]])  # Ray's own line from before the job
