@@ -206,7 +206,7 @@ class JobServer:
         try:
             yield
         except AuthenticationError as error:
-            refused = str(error).partition("\n")[0]
+            refused = str(error).partition("\n")[0].partition(". ")[0]  # Ray goes on with how to make a token
             raise ClusterError(
                 f"{self.address} refuses this client ({refused}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
                 "RAY_AUTH_TOKEN_PATH to the cluster's token"

@@ -146,7 +146,7 @@ def test_a_full_cluster_is_waited_for_though_its_autoscaler_calls_all_infeasible
     [
         ({"RAY_AUTH_TOKEN": "0" * 64}, "(Authentication failed: Forbidden: Invalid authentication token)"),
         ({"RAY_AUTH_MODE": "disabled"}, "(Authentication required: Unauthorized: Missing authentication token)"),
-        ({"RAY_AUTH_TOKEN_PATH": "/no/token"}, "/no/token"),
+        ({"RAY_AUTH_TOKEN_PATH": "/no/token"}, "file cannot be opened or is empty: /no/token); set RAY_AUTH_MODE"),
     ],
 )
 def test_a_token_that_is_wrong_or_missing_is_one_line(cluster, given, told):
