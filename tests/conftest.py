@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,29 +74,16 @@ def ray_cluster(s3_port: int) -> Iterator[None]:
     # Ray 2.60 switches token authentication on by itself, and writes a token below the home folder, unless told.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray = pytest.importorskip("ray")
+    from tests.ray_start import init_ray  # noqa: PLC0415 (imports ray)
+
     # Not below pytest's own folder: Ray makes sockets in it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", ResourceWarning)
-            _init_ray(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+            init_ray(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         yield
         ray.shutdown()
-
-
-def _init_ray(**options: Any) -> None:
-    """Start Ray; on a very busy machine its parts miss their own deadline of 30 s and it is tried again."""
-    import ray  # noqa: PLC0415
-
-    for is_last in (False, False, False, True):
-        try:
-            ray.init(**options)
-        except Exception as error:  # Ray has no error of its own for it
-            ray.shutdown()
-            if is_last or "timed out during startup" not in str(error):
-                raise
-        else:
-            return
 
 
 @pytest.fixture(scope="session")

@@ -71,9 +71,9 @@ def test_other_errors_are_not_tried_again(how, error, tmp_path):
 KILL_RAYS_AGENT = """
 import os, signal, time
 from pathlib import Path
-import ray
 from cvft.errors import ClusterError
 from pipeline.ray_tasks import OnRay
+from tests.ray_start import init_ray
 
 def kill_agents(_):
     parent = os.getppid()  # the raylet, which does not survive its agents
@@ -82,14 +82,7 @@ def kill_agents(_):
             os.kill(int(child), signal.SIGKILL)
     time.sleep(60)
 
-for is_last in (False, False, True):
-    try:
-        ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        break
-    except Exception as error:  # on a busy machine Ray's parts miss deadlines of their own
-        ray.shutdown()
-        if is_last or "timed out during startup" not in str(error):
-            raise
+init_ray("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
 try:
     list(OnRay().run(kill_agents, [0], lambda: None))
 except ClusterError as error:
@@ -100,6 +93,11 @@ except ClusterError as error:
 @pytest.mark.slow
 def test_a_ray_that_ends_is_told_in_one_line():
     done = subprocess.run(
-        [sys.executable, "-c", KILL_RAYS_AGENT], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", KILL_RAYS_AGENT],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parents[2],
     )
     assert re.search(r"^Ray ended \(.+\); what is finished is kept, start it again$", done.stdout, re.MULTILINE), done
