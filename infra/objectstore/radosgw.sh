@@ -12,7 +12,7 @@
 # Not for data that matters: one copy, no authentication between Ceph's own processes.
 set -euo pipefail
 
-readonly WAIT_S=120
+readonly WAIT_S=120 ROOM_MB=300
 ADDRESS=${ADDRESS:-127.0.0.1}
 
 fail() {
@@ -30,6 +30,13 @@ need_packages() {
     command -v "$program" >/dev/null || fail "$program is missing; install Debian's packages:" \
       "apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common"
   done
+}
+
+need_room() {  # dir
+  local free_mb
+  free_mb=$(df --output=avail --block-size=1MiB "$1" | tail -n 1)
+  ((free_mb >= ROOM_MB)) || fail "$1 is on a disk with $((free_mb)) MB free, and a store begins with $ROOM_MB MB;" \
+    "make room, or name a folder elsewhere"
 }
 
 is_open() {  # port [address]
@@ -63,7 +70,7 @@ mon_max_pg_per_osd = 1000
 paxos_propose_interval = 0.05
 paxos_min_wait = 0.02
 mon_data = $1/mon
-mon_data_avail_crit = 1
+mon_data_avail_crit = -1  # percent of a disk that has other users; need_room looks at what is there
 mon_cluster_log_file = $1/cluster.log
 [osd]
 osd_data = $1/osd
@@ -100,6 +107,7 @@ start() {  # dir port
   need_packages
   mkdir -p "$1"
   dir=$(cd "$1" && pwd)
+  need_room "$dir"
   if [[ -e $dir/environment ]]; then
     mon_port=$(sed -n 's/^mon_host = v2:127.0.0.1://p' "$dir/ceph.conf")
     grep -q "endpoint=$ADDRESS:$port\$" "$dir/ceph.conf" || fail "$dir was begun with another ADDRESS:PORT:" \
@@ -123,8 +131,11 @@ start() {  # dir port
     start_daemons "$dir" "$mon_port" "$secret" >"$dir/start.log" 2>&1
   fi
   wait_for_gateway "$dir" "$port"
+  if [[ ! -e $dir/environment ]]; then
+    (umask 077; write_environment "$port" "$secret" >"$dir/environment.new")
+    mv "$dir/environment.new" "$dir/environment"  # whole or not at all: by it the next `start` knows a store that was begun
+  fi
   trap - EXIT
-  [[ -e $dir/environment ]] || (umask 077 && write_environment "$port" "$secret" >"$dir/environment")
   cat "$dir/environment"
 }
 
@@ -160,7 +171,7 @@ wait_for_gateway() {  # dir port
 }
 
 give_up() {  # dir
-  echo "radosgw.sh: it did not start: $(tail -n 1 "$1/start.log" 2>/dev/null); the logs are in $1" >&2
+  echo "radosgw.sh: it did not start: $(grep -v '^$' "$1/start.log" 2>/dev/null | tail -n 1); the logs are in $1" >&2
   stop "$1"
 }
 

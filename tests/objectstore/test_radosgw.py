@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
@@ -14,7 +18,7 @@ from pyarrow import fs
 from cvft.errors import StoreError
 from pipeline.s3_upload import PART_BYTES
 from pipeline.storage import Store
-from tests.objectstore.conftest import start_radosgw, stop_radosgw
+from tests.objectstore.conftest import SCRIPT, start_radosgw, stop_radosgw
 from tests.ports import free_ports
 from tests.store_contract import StoreContract
 
@@ -134,3 +138,43 @@ def test_a_gateway_that_was_stopped_goes_on_with_what_it_held(tmp_path, monkeypa
         assert Store.from_uri("s3://kept/data").read_bytes("a") == b"1"
     finally:
         stop_radosgw(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 GB, which takes 0.2 GB of this one's."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(20 << 30)
+    script = 'mkfs.ext4 -q -m 0 "$0" && mount -o loop "$0" "$1"'
+    mounted = subprocess.run(["bash", "-c", script, image, folder], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a disk can be mounted by root only: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def _leave_mb(folder: Path, num_mb: int) -> None:
+    """Take all of a disk but so much."""
+    with (folder / f"but-{num_mb}").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - (num_mb << 20))
+
+
+def test_room_is_counted_in_megabytes_and_not_in_percent_of_the_disk(small_disk):
+    port, mon_port = free_ports(2)
+    _leave_mb(small_disk, 390)  # of 20,000: a monitor left to itself refuses what is under two percent
+    try:
+        start_radosgw(small_disk / "store", port=port, mon_port=mon_port)
+    finally:
+        stop_radosgw(small_disk / "store")
+    _leave_mb(small_disk, 290)
+    started = subprocess.run(
+        [SCRIPT, "start", small_disk / "store", str(port)], capture_output=True, text=True, check=False
+    )
+    assert started.returncode == 1
+    assert re.fullmatch(
+        rf"radosgw.sh: {small_disk}/store is on a disk with \d+ MB free, and a store begins with 300 MB; "
+        "make room, or name a folder elsewhere\n",
+        started.stderr,
+    )
