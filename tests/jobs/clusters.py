@@ -101,7 +101,7 @@ def cluster(**settings: str) -> Iterator[Cluster]:
     """A cluster of our own, with a token."""
     # Ray makes sockets in it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        given = {name: value.replace("FOLDER", f"{folder}-gcs") for name, value in settings.items()}
+        given = {name: value.replace("FOLDER", f"{folder}/gcs") for name, value in settings.items()}
         ours = Cluster(folder, given)
         try:
             ours.start()
