@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -48,7 +48,7 @@ def ray_session(*, num_cpus: int = 1, has_dashboard: bool = True) -> Iterator[No
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         cpus = max(os.cpu_count() or 1, num_cpus)
         LOGGER.info("starting Ray on this machine with %d CPUs", cpus)
-        _start(num_cpus=cpus, include_dashboard=has_dashboard)
+        start_ray(num_cpus=cpus, include_dashboard=has_dashboard)
     try:
         yield
     finally:
@@ -107,11 +107,18 @@ def on_a_node(
             raise ClusterError(f"its node was lost {_NUM_RETRIES + 1} times: {reason}") from error
 
 
-def _start(*, num_cpus: int, include_dashboard: bool) -> None:
-    """Start Ray; on a very busy machine its parts miss their own deadline of 30 s and it is tried again."""
+def start_ray(**options: Any) -> None:
+    """Start Ray on this machine; where that is very busy its parts miss their own deadline of 30 s: it is tried again.
+
+    Args:
+        **options: Of `ray.init`.
+
+    Raises:
+        ClusterError: It did not start in time, nor when tried again.
+    """
     for attempt in range(1, _NUM_STARTS + 1):
         try:
-            ray.init("local", num_cpus=num_cpus, include_dashboard=include_dashboard, configure_logging=False)
+            ray.init("local", configure_logging=False, **options)
         except Exception as error:  # Ray has no error of its own for it
             ray.shutdown()
             if "timed out during startup" not in str(error):

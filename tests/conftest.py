@@ -74,14 +74,14 @@ def ray_cluster(s3_port: int) -> Iterator[None]:
     # Ray 2.60 switches token authentication on by itself, and writes a token below the home folder, unless told.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray = pytest.importorskip("ray")
-    from tests.ray_start import init_ray  # noqa: PLC0415 (imports ray)
+    from jobs.cluster import start_ray  # noqa: PLC0415 (imports ray)
 
     # Not below pytest's own folder: Ray makes sockets in it, whose paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", ResourceWarning)
-            init_ray(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+            start_ray(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         yield
         ray.shutdown()
 

@@ -5,7 +5,7 @@
 #   infra/objectstore/radosgw.sh stop DIR                   # the same `start` goes on with what is stored
 #   infra/objectstore/radosgw.sh check                      # are the packages there?
 #
-# Everything lies below DIR (about 200 MB of it, and what is stored) and listens on 127.0.0.1; the gateway, which asks
+# Everything lies below DIR (some 50 MB to begin with, and what is stored) and listens on 127.0.0.1; the gateway, which asks
 # for keys, on another address of this machine if ADDRESS names one. Several can run: PORT is the gateway's, PORT + 1
 # the monitor's, unless MON_PORT names another. It needs neither systemd nor root, only Debian's packages:
 # apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common
@@ -107,13 +107,14 @@ start() {  # dir port
   need_packages
   mkdir -p "$1"
   dir=$(cd "$1" && pwd)
-  need_room "$dir"
   if [[ -e $dir/environment ]]; then
     mon_port=$(sed -n 's/^mon_host = v2:127.0.0.1://p' "$dir/ceph.conf")
     grep -q "endpoint=$ADDRESS:$port\$" "$dir/ceph.conf" || fail "$dir was begun with another ADDRESS:PORT:" \
       "$(sed -n 's/.*endpoint=//p' "$dir/ceph.conf")"
   elif [[ -n $(ls -A "$dir") ]]; then
     fail "$dir is not empty; name a new folder, or stop what runs there and delete it"
+  else
+    need_room "$dir"  # one that was begun starts with what there is: things are deleted through it
   fi
   for number in "$port" "$mon_port"; do
     if is_open "$number" || is_open "$number" "$ADDRESS"; then

@@ -170,11 +170,11 @@ def test_room_is_counted_in_megabytes_and_not_in_percent_of_the_disk(small_disk)
         stop_radosgw(small_disk / "store")
     _leave_mb(small_disk, 290)
     started = subprocess.run(
-        [SCRIPT, "start", small_disk / "store", str(port)], capture_output=True, text=True, check=False
+        [SCRIPT, "start", small_disk / "other", str(port)], capture_output=True, text=True, check=False
     )
     assert started.returncode == 1
     assert re.fullmatch(
-        rf"radosgw.sh: {small_disk}/store is on a disk with \d+ MB free, and a store begins with 300 MB; "
+        rf"radosgw.sh: {small_disk}/other is on a disk with \d+ MB free, and a store begins with 300 MB; "
         "make room, or name a folder elsewhere\n",
         started.stderr,
     )

@@ -72,8 +72,8 @@ KILL_RAYS_AGENT = """
 import os, signal, time
 from pathlib import Path
 from cvft.errors import ClusterError
+from jobs.cluster import start_ray
 from pipeline.ray_tasks import OnRay
-from tests.ray_start import init_ray
 
 def kill_agents(_):
     parent = os.getppid()  # the raylet, which does not survive its agents
@@ -82,7 +82,7 @@ def kill_agents(_):
             os.kill(int(child), signal.SIGKILL)
     time.sleep(60)
 
-init_ray("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+start_ray(num_cpus=1, include_dashboard=False, log_to_driver=False)
 try:
     list(OnRay().run(kill_agents, [0], lambda: None))
 except ClusterError as error:
